@@ -1,0 +1,34 @@
+# The two commands of the README: `make demo` and `make test`. Each sets up its own .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := $(BIN)/python -m
+
+.PHONY: demo test check format mutants clean
+
+demo: .venv/ready  ## phantoms -> low dose -> U-Net -> MSE-WGAN and TOD-Net -> runs/demo/report.html
+	$(RUN) examples.tod_net_ct run demo --output runs/demo
+
+test: .venv/ready  ## the fast suite: laws, doctests, the code blocks of README and docs
+	$(RUN) pytest -m "not slow"
+
+check: .venv/ready  ## what contributors run before they push
+	$(RUN) ruff format --check .
+	$(RUN) ruff check .
+	$(RUN) mypy
+	$(RUN) pytest -m "not slow"
+
+format: .venv/ready
+	$(RUN) ruff format .
+	$(RUN) ruff check --fix .
+
+mutants: .venv/ready  ## break the library one line at a time and show that a test dies each time
+	$(RUN) tests.mutants
+
+.venv/ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache build *.egg-info

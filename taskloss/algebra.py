@@ -1,0 +1,319 @@
+"""A loss is a weighted sum of named terms at x_hat: the one idea that carries the library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from taskloss.checks import InputError, nearest, snake_case
+from taskloss.precision import full_precision
+
+Weight = float | Callable[[int], float]
+Target = Literal["reference", "label"]
+
+
+class Term(nn.Module):
+    """One scalar loss of the restored image; the base class of everything a :class:`LossSum` adds up.
+
+    A subclass says in ``reads`` what it compares x_hat with and implements ``forward(x_hat, target)``, or
+    ``forward(x_hat)`` where ``reads`` is None. It returns a scalar and leaves its inputs as they were.
+    """
+
+    reads: ClassVar[Target | None] = None
+
+    @property
+    def where(self) -> str:
+        """The name that errors carry until a sum gives the term a better one."""
+        return snake_case(type(self).__name__)
+
+    def __add__(self, other: Term | LossSum) -> LossSum:
+        return as_sum(self) + as_sum(other)
+
+    def __mul__(self, factor: Weight) -> LossSum:
+        return as_sum(self) * factor
+
+    __rmul__ = __mul__
+
+
+@dataclass(frozen=True)
+class LossValue:
+    """One computation of a loss, seen whole.
+
+    Attributes:
+        total: Scalar ``sum_i w_i L_i``; call ``backward()`` on it.
+        terms: Unweighted scalars by name, without the terms whose weight is zero.
+        weights: The weight that each term had, zeros included.
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
+    weights: dict[str, float]
+    _numbers: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
+
+    def floats(self, prefix: str = "") -> dict[str, float]:
+        """Plain numbers for a logger: every term by name, and ``total``; at most one device sync.
+
+        Example:
+            >>> from taskloss import Fidelity, LossSum
+            >>> loss = LossSum(mse=0.5 * Fidelity(nn.MSELoss()))
+            >>> loss.breakdown(torch.ones(1, 1, 4), reference=torch.zeros(1, 1, 4)).floats("g/")
+            {'g/mse': 1.0, 'g/total': 0.5}
+        """
+        if not self._numbers:
+            self._numbers.update(to_numbers({**self.terms, "total": self.total}))
+        return {prefix + name: number for name, number in self._numbers.items()}
+
+
+class LossSum(nn.Module):
+    """A weighted sum of named terms, ``L(x_hat) = sum_i w_i L_i(x_hat)`` (Eq. 8 of the paper is one).
+
+    The sum is linear only, so the total's gradient is exactly the weighted sum of the terms' gradients. A term
+    whose weight is zero is not computed. Sums nest: ``LossSum(task=a + b)`` names its parts ``task/a`` and
+    ``task/b``, and ``LossSum(mse=0.5 * Fidelity(...))`` is ``mse`` with weight 0.5.
+
+    Args:
+        terms: Terms by name. A weight is a number, or a schedule: a callable of the step, as in
+            ``(lambda step: min(1.0, step / 500)) * TaskOrientedLoss(...)``.
+
+    Attributes:
+        check_finite: Name the term in an error when a value is NaN or infinite (default). It shares the one
+            device sync of :meth:`breakdown`; set it to False to train without any sync.
+
+    Raises:
+        InputError: For a name used twice or a weight that is no finite number.
+        TypeError: For a part that is neither a term nor a sum.
+
+    Example:
+        >>> from taskloss import Fidelity, LossSum
+        >>> loss = LossSum(mse=0.5 * Fidelity(nn.MSELoss()), l1=Fidelity(nn.L1Loss()))
+        >>> loss(torch.ones(1, 1, 4), reference=torch.zeros(1, 1, 4))
+        tensor(1.5000)
+
+    Reference:
+        Task-Oriented Low-Dose CT Image Denoising, Eq. 8.
+    """
+
+    def __init__(self, **terms: Term | LossSum) -> None:
+        super().__init__()
+        self.check_finite = True
+        self.terms = nn.ModuleDict()
+        self.weights: dict[str, Weight] = {}
+        for name, part in terms.items():
+            if not isinstance(part, (Term, LossSum)):
+                raise TypeError(
+                    f"{name}: expected a term or a LossSum, got {type(part).__name__}; "
+                    "wrap an image criterion in Fidelity(...)"
+                )
+            for inner, term, weight in _parts(part):
+                alone = isinstance(part, Term) or len(part.terms) == 1
+                self._add(name if alone else f"{name}/{inner}", term, weight)
+
+    def forward(
+        self,
+        x_hat: Tensor,
+        *,
+        reference: Tensor | None = None,
+        label: object = None,
+        step: int | None = None,
+    ) -> Tensor:
+        """The scalar total; each target goes to the terms that read it.
+
+        Args:
+            x_hat: Restored batch.
+            reference: The image it should equal, for terms that read one.
+            label: The task's annotation, for terms that read one.
+            step: Step of training, for weights that are schedules.
+
+        Shape:
+            x_hat and reference ``(N, C, *spatial)``; the result is a scalar.
+
+        Raises:
+            InputError: For a missing target or a schedule without a step; it names the term.
+            FloatingPointError: If a term is NaN or infinite; it names the term.
+        """
+        return self.breakdown(x_hat, reference=reference, label=label, step=step).total
+
+    def breakdown(
+        self,
+        x_hat: Tensor,
+        *,
+        reference: Tensor | None = None,
+        label: object = None,
+        step: int | None = None,
+    ) -> LossValue:
+        """The same computation as calling the sum, seen whole: total, terms and weights. See :meth:`forward`."""
+        weights = self.weights_at(step)
+        terms: dict[str, Tensor] = {}
+        total: Tensor | None = None
+        for name, compute in self.computations(weights, reference=reference, label=label):
+            terms[name] = compute(x_hat)
+            weighted = weights[name] * terms[name]
+            total = weighted if total is None else total + weighted
+        value = LossValue(zero_loss(x_hat) if total is None else total, terms, weights)
+        if self.check_finite and not torch.compiler.is_compiling():
+            check_finite(value, x_hat)
+        return value
+
+    def computations(
+        self, weights: Mapping[str, float], *, reference: Tensor | None, label: object
+    ) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+        """Each term that counts as a function of x_hat alone: what maps and balancing are made of."""
+        targets = {"reference": reference, "label": label}
+        for name, term in self.terms.items():
+            if weights[name] == 0:
+                continue
+            assert isinstance(term, Term)  # for the type checker: only _add fills the dict
+            reads = term.reads
+            if reads is not None and targets[reads] is None:
+                raise InputError(name, f"needs a {reads}, but {reads} is None; call loss(x_hat, {reads}=...)")
+            yield name, _named(name, term, None if reads is None else targets[reads])
+
+    def weights_at(self, step: int | None = None) -> dict[str, float]:
+        """The weights by name at a step of training; a sum without schedules needs no step."""
+        return {name: _resolve(name, weight, step) for name, weight in self.weights.items()}
+
+    def __add__(self, other: Term | LossSum) -> LossSum:
+        result = LossSum()
+        for part in (self, as_sum(other)):
+            for name, term, weight in _parts(part):
+                result._add(name, term, weight)
+        return result
+
+    def __mul__(self, factor: Weight) -> LossSum:
+        result = LossSum()
+        for name, term, weight in _parts(self):
+            result._add(name, term, _product(name, weight, factor))
+        return result
+
+    __rmul__ = __mul__
+
+    def extra_repr(self) -> str:
+        """The weights by name."""
+        return ", ".join(f"{n}: {w if not callable(w) else 'schedule'}" for n, w in self.weights.items())
+
+    def _add(self, name: str, term: Term, weight: Weight) -> None:
+        if name in self.terms:
+            raise ValueError(f"two terms are called {name!r}; name them: LossSum(a=..., b=...)")
+        if hasattr(self.terms, name):
+            raise ValueError(f"a term cannot be called {name!r}: nn.Module uses that name; choose another")
+        if not callable(weight):
+            _check_weight(name, weight)
+        self.terms[name] = term
+        self.weights[name] = weight
+
+
+def as_sum(part: Term | LossSum) -> LossSum:
+    """A term alone, as a sum with its class's name; a sum as it is."""
+    if isinstance(part, LossSum):
+        return part
+    if isinstance(part, Term):
+        return LossSum(**{part.where: part})
+    raise TypeError(f"expected a term or a LossSum, got {type(part).__name__}; wrap a criterion in Fidelity(...)")
+
+
+def zero_loss(x_hat: Tensor) -> Tensor:
+    """A zero that still back-propagates: to zeros, even where x_hat is not finite."""
+    return full_precision(x_hat[:0]).sum()  # type: ignore[no-any-return]
+
+
+def to_scalar(where: str, value: object, n_samples: int) -> Tensor:
+    """The mean of a criterion that gives one number per sample; a scalar as it is; anything else is refused."""
+    if isinstance(value, Tensor) and value.numel() in (1, n_samples) and value.numel() > 0:
+        return value if value.dim() == 0 else value.mean()
+    what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    raise InputError(
+        where,
+        f"the criterion must return a scalar or one value per sample, got {what}; reduce it with .mean()",
+    )
+
+
+def to_numbers(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """Scalars to Python floats in a single transfer from the device."""
+    if not tensors:
+        return {}
+    wide = any(t.dtype == torch.float64 for t in tensors.values())
+    dtype = torch.float64 if wide else torch.float32
+    values = torch.stack([t.detach().to(dtype) for t in tensors.values()]).tolist()
+    return dict(zip(tensors, values, strict=True))
+
+
+def check_finite(value: LossValue, x_hat: Tensor) -> None:
+    """Name the terms that are NaN or infinite, and say whether x_hat was so already."""
+    bad = [name for name, number in value.floats().items() if not math.isfinite(number)]
+    if bad:
+        culprits = [name for name in bad if name != "total"] or bad
+        clean = bool(torch.isfinite(x_hat).all())
+        raise FloatingPointError(
+            f"{', '.join(culprits)}: the loss is {value.floats()[culprits[0]]} while x_hat is "
+            + ("finite; look at this term's inputs" if clean else "not finite; the denoiser diverged before it")
+        )
+
+
+def check_names(where: str, given: Mapping[str, object], known: Mapping[str, object]) -> None:
+    """Refuse a mapping whose names are not the sum's names."""
+    for name in given:
+        if name not in known:
+            raise InputError(where, f"there is no term {name!r}; {nearest(name, known)}")
+
+
+def _parts(part: Term | LossSum) -> Iterator[tuple[str, Term, Weight]]:
+    if isinstance(part, Term):
+        yield part.where, part, 1.0
+    else:
+        for name, term in part.terms.items():
+            assert isinstance(term, Term)  # for the type checker: only _add fills the dict
+            yield name, term, part.weights[name]
+
+
+def _named(name: str, term: nn.Module, target: object) -> Callable[[Tensor], Tensor]:
+    def compute(x_hat: Tensor) -> Tensor:
+        try:
+            value = term(x_hat) if target is None else term(x_hat, target)
+        except InputError as error:
+            raise error.at(name) from None
+        if not isinstance(value, Tensor) or value.dim() != 0:
+            what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(name, f"a term must return a scalar, got {what}; reduce it with .mean()")
+        return value
+
+    return compute
+
+
+def _resolve(name: str, weight: Weight, step: int | None) -> float:
+    if not callable(weight):
+        return weight
+    if step is None:
+        raise InputError(name, "its weight is a schedule, but step is None; call loss(x_hat, ..., step=i)")
+    value = weight(step)
+    _check_weight(name, value)
+    return float(value)
+
+
+def _check_weight(name: str, weight: object) -> None:
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        raise InputError(name, f"its weight must be a finite number or a callable of the step, got {weight!r}")
+
+
+@dataclass(frozen=True)
+class _Product:
+    """Two weights multiplied, at least one of them a schedule; a class, so that it can be pickled."""
+
+    left: Weight
+    right: Weight
+
+    def __call__(self, step: int) -> float:
+        left = self.left(step) if callable(self.left) else self.left
+        right = self.right(step) if callable(self.right) else self.right
+        return left * right
+
+
+def _product(name: str, left: Weight, right: Weight) -> Weight:
+    if callable(left) or callable(right):
+        return _Product(left, right)
+    _check_weight(name, right)
+    return left * right

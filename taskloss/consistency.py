@@ -1,0 +1,189 @@
+"""A task loss without labels: T should see the same in the restored image as in the reference."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taskloss.algebra import Term, to_scalar
+from taskloss.audit import find_blocker
+from taskloss.checks import InputError, check_image, check_range, check_same
+from taskloss.frozen import Frozen, check_layers, freeze, hold
+from taskloss.precision import full_precision, no_autocast
+
+
+class TaskConsistencyLoss(Term):
+    r"""The distance between what a frozen network makes of the restored image and of the reference.
+
+    .. math:: L(\hat x, x^*) = \sum_l w_l\, \mathrm{distance}\big(f_l(\hat x), f_l(x^*)\big)
+
+    where f_l is the network's output or a named layer. The reference branch builds no graph. With an ImageNet
+    network, its layers and ``nn.MSELoss()`` this is the perceptual loss (Eq. 7 of the paper, up to its factor 1/2
+    and the mean over features).
+
+    Args:
+        task_model: The network f.
+        distance: ``distance(prediction, target)``; :func:`soft_kl` for logits, ``nn.MSELoss()`` for features.
+        layers: Layers by their ``named_modules()`` path, or a mapping from path to weight; None compares the
+            output. The network stops after the last layer it needs.
+        preprocess: Differentiable map from the restorer's units to the network's, applied to both images.
+        output: Picks the tensor out of what the network (or a layer) returns.
+        copy: Keep a deep copy of the network (default); False freezes the caller's own in place.
+        checkpoint: Recompute the activations of x_hat's branch in the backward pass instead of storing them.
+        cache: Keep the reference's features and reuse them while the same, unchanged tensor comes again (fitting
+            one image for many steps, balancing after logging).
+        expects: Range of the network's input, for instance ``(0, 1)``; checked on the first reference.
+
+    Shape:
+        x_hat and reference ``(N, C, *spatial)``.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        InputError: For a layer that does not exist, images that differ in shape or device, an input out of
+            ``expects``, or a network through which no gradient reaches x_hat.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+        >>> perceptual = TaskConsistencyLoss(net, nn.MSELoss(), layers=["1"])
+        >>> image = torch.rand(1, 1, 8, 8)
+        >>> perceptual(image, image)
+        tensor(0.)
+
+    Reference:
+        Task-Oriented Low-Dose CT Image Denoising, Eq. 7.
+    """
+
+    reads = "reference"
+
+    def __init__(
+        self,
+        task_model: nn.Module,
+        distance: Callable[[Any, Any], Tensor],
+        *,
+        layers: Sequence[str] | Mapping[str, float] | None = None,
+        preprocess: Callable[[Tensor], Any] | None = None,
+        output: Callable[[Any], Any] | None = None,
+        copy: bool = True,
+        checkpoint: bool = False,
+        cache: bool = False,
+        expects: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.task_model: Frozen = freeze(task_model, copy=copy, checkpoint=checkpoint)
+        if isinstance(layers, str):
+            layers = [layers]
+        if layers is not None and not layers:
+            raise ValueError(f"{self.where}: layers is empty; name at least one, or pass None for the output")
+        self.layers = (
+            None if layers is None else dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(layers, 1.0)
+        )
+        if self.layers is not None:
+            check_layers(self.where, self.task_model.network, list(self.layers))
+        self.distance = hold(distance)
+        self.preprocess = hold(preprocess)
+        self.output = hold(output)
+        self.expects = expects
+        self._range_checked = expects is None
+        self._cache = Remembered() if cache else None
+
+    def forward(self, x_hat: Tensor, reference: Tensor) -> Tensor:
+        """The distance between what the network sees in ``x_hat`` and in ``reference``; see the class."""
+        check_image(self.where, x_hat)
+        check_same(self.where, x_hat, reference)
+        target = self._target(reference)
+        seen = self._see(x_hat)
+        with no_autocast(x_hat.device):
+            value: Tensor | None = None
+            for name, weight in (self.layers or {"": 1.0}).items():
+                distance = self.distance(full_precision(seen[name]), full_precision(target[name]))  # type: ignore[misc]
+                distance = weight * to_scalar(self.where, distance, x_hat.shape[0])
+                value = distance if value is None else value + distance
+        assert value is not None  # layers are never empty
+        if x_hat.requires_grad and torch.is_grad_enabled() and not value.requires_grad:
+            image = x_hat if self.preprocess is None else self.preprocess(x_hat)
+            name = find_blocker(self.task_model.network, image) or "the output function or the distance"
+            raise InputError(
+                self.where,
+                f"the gradient does not reach x_hat; {name!r} blocks it (see audit_task_model)",
+            )
+        return value
+
+    def _target(self, reference: Tensor) -> dict[str, Any]:
+        remembered = None if self._cache is None else self._cache.recall(reference)
+        if remembered is not None:
+            return remembered
+        with torch.no_grad():
+            target = self._see(reference, check=True)
+        if self._cache is not None:
+            self._cache.keep(reference, target)
+        return target
+
+    def _see(self, x: Tensor, check: bool = False) -> dict[str, Any]:
+        image = x if self.preprocess is None else self.preprocess(x)
+        if isinstance(image, Tensor) and not torch.compiler.is_compiling():
+            self.task_model.check_input(self.where, image)
+            if check and not self._range_checked and self.expects is not None:
+                check_range(self.where, image, self.expects)
+                self._range_checked = True
+        if self.layers is None:
+            features = {"": self.task_model(image)}
+        else:
+            features = self.task_model.features(image, list(self.layers))
+        if self.output is not None:
+            features = {name: self.output(value) for name, value in features.items()}
+        return features
+
+
+def soft_kl(prediction: Tensor, target: Tensor, *, temperature: float = 1.0, dim: int = 1) -> Tensor:
+    r"""The Kullback-Leibler divergence of two sets of logits, averaged over everything but the classes.
+
+    .. math:: \tau^2\, \mathrm{mean} \sum_c q_c \log (q_c / p_c), \quad
+        p = \mathrm{softmax}(\mathrm{prediction}/\tau),\; q = \mathrm{softmax}(\mathrm{target}/\tau)
+
+    Args:
+        prediction: Logits of the restored image.
+        target: Logits of the reference.
+        temperature: Softens both, as in distillation.
+        dim: The axis of the classes.
+
+    Shape:
+        Both ``(N, classes, *spatial)``; the result is a scalar.
+
+    Reference:
+        Hinton et al., Distilling the Knowledge in a Neural Network, 2015, section 2.
+    """
+    log_p = (prediction / temperature).log_softmax(dim)
+    log_q = (target / temperature).log_softmax(dim)
+    return temperature**2 * (log_q.exp() * (log_q - log_p)).sum(dim).mean()
+
+
+class Remembered:
+    """The features of the last reference, valid while that very tensor lives on unchanged."""
+
+    def __init__(self) -> None:
+        self._of: weakref.ref[Tensor] | None = None
+        self._version = -1
+        self._features: dict[str, Any] | None = None
+
+    def recall(self, reference: Tensor) -> dict[str, Any] | None:
+        """The features kept for this tensor, if it has not been written to since."""
+        if self._of is None or self._of() is not reference or reference.is_inference():
+            return None
+        return self._features if reference._version == self._version else None
+
+    def keep(self, reference: Tensor, features: dict[str, Any]) -> None:
+        """Remember the features of one reference and forget the one before."""
+        if not reference.is_inference():
+            self._of, self._version, self._features = weakref.ref(reference), reference._version, features
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # a copy or a pickle starts with nothing remembered
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]

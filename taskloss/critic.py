@@ -1,0 +1,189 @@
+"""The Wasserstein game: the critic, its loss and its step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from taskloss.algebra import LossValue
+from taskloss.checks import InputError, check_image, check_same, shape
+from taskloss.constraints import Constraint, WeightClipping
+from taskloss.distributed import average_gradients_
+from taskloss.precision import full_precision, no_autocast
+
+
+class WassersteinCritic(nn.Module):
+    r"""A critic whose score should be high for reference images and low for restored ones.
+
+    .. math:: L_D = E[D(\hat x)] - E[D(x^*)] + \mathrm{penalty}
+
+    minimised by the critic; the denoiser minimises :math:`-E[D(\hat x)]` (:class:`AdversarialLoss`). The paper
+    prints both signs reversed in Eq. 1 and 2, which is the same game under D -> -D.
+
+    By default the network is the paper's: three 3x3x3 convolutions (32, 64, 128 channels), each with batch norm
+    and leaky ReLU, and one linear output. Strides 2, 2, 1 and a final 2x average pool are taken from the authors'
+    code, where the paper is silent. Its linear layer fixes the patch size.
+
+    Args:
+        in_channels: Channels of the images.
+        spatial_dims: 1, 2 or 3.
+        patch_size: Spatial size of the images, one number per axis.
+        channels: Channels of the three convolutions.
+        network: Any network that gives each sample at least one number, in place of the paper's.
+        constraint: :class:`WeightClipping` (the paper's) or :class:`GradientPenalty`.
+
+    Raises:
+        InputError: For images of another patch size, or a network that mixes samples.
+        ValueError: If neither ``patch_size`` nor ``network`` is given, or both are.
+
+    Example:
+        >>> critic = WassersteinCritic(spatial_dims=2, patch_size=(16, 16), constraint=WeightClipping(0.01))
+        >>> optimizer = torch.optim.RMSprop(critic.parameters(), lr=5e-4)
+        >>> value = critic.step(optimizer, torch.rand(4, 1, 16, 16), torch.rand(4, 1, 16, 16))
+        >>> sorted(value.terms)
+        ['fake', 'real']
+
+    Reference:
+        Task-Oriented Low-Dose CT Image Denoising, Eq. 1 and section 3.3; Arjovsky et al., Wasserstein GAN, 2017.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        spatial_dims: int = 3,
+        *,
+        patch_size: Sequence[int] | None = None,
+        channels: Sequence[int] = (32, 64, 128),
+        network: nn.Module | None = None,
+        constraint: Constraint | None = None,
+    ) -> None:
+        super().__init__()
+        if (network is None) == (patch_size is None):
+            raise ValueError(
+                "wasserstein_critic: give either patch_size, for the paper's network, or network=..., for your own"
+            )
+        self.patch_size = None if patch_size is None else tuple(patch_size)
+        if network is None:
+            assert self.patch_size is not None
+            network = paper_critic(in_channels, spatial_dims, self.patch_size, channels)
+        self.network = network
+        self.constraint: Constraint = WeightClipping(0.01) if constraint is None else constraint
+        self.constraint.check(network)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """One score per sample, ``(N,)``, in float32 or wider."""
+        return self._scores(self.network, images)
+
+    def loss(self, x_hat: Tensor, reference: Tensor) -> Tensor:
+        """The critic's loss (Eq. 1), a scalar; x_hat is detached inside."""
+        return self.breakdown(x_hat, reference).total
+
+    def breakdown(self, x_hat: Tensor, reference: Tensor) -> LossValue:
+        """The critic's loss seen whole: ``fake`` = E[D(x_hat)], ``real`` = E[D(reference)], and the penalty."""
+        check_image("wasserstein_critic", x_hat)
+        check_same("wasserstein_critic", x_hat, reference)
+        x_hat, reference = x_hat.detach(), reference.detach()
+        terms = {"fake": self(x_hat).mean(), "real": self(reference).mean()}
+        weights = {"fake": 1.0, "real": -1.0}
+        total = terms["fake"] - terms["real"]
+        penalty = self.constraint.penalty(self, x_hat, reference)
+        if penalty is not None:
+            terms["penalty"], weights["penalty"] = penalty, self.constraint.weight
+            total = total + self.constraint.weight * penalty
+        return LossValue(total, terms, weights)
+
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        x_hat: Tensor,
+        reference: Tensor,
+        *,
+        backward: Callable[[Tensor], object] | None = None,
+    ) -> LossValue:
+        """One step of the critic: zero_grad, backward, average over processes, step, constraint.
+
+        Args:
+            optimizer: The critic's own optimiser.
+            x_hat: Restored images; detached inside.
+            reference: Reference images.
+            backward: In place of ``loss.backward()``, for instance ``fabric.backward``.
+
+        Under ``torch.distributed`` the gradients are averaged over the processes here, so the critic needs no
+        ``DistributedDataParallel`` around it (whose hooks a gradient penalty would break).
+        """
+        value = self.breakdown(x_hat, reference)
+        optimizer.zero_grad(set_to_none=True)
+        (backward or torch.Tensor.backward)(value.total)
+        average_gradients_(self.parameters())
+        optimizer.step()
+        self.constraint.apply_(self.network)
+        return value
+
+    @torch.no_grad()
+    def distance(self, x_hat: Tensor, reference: Tensor) -> Tensor:
+        """The Wasserstein estimate ``E[D(reference)] - E[D(x_hat)]``, a scalar for the log; nothing moves."""
+        check_same("wasserstein_critic", x_hat, reference)
+        return (self.judge(reference) - self.judge(x_hat)).mean()
+
+    def judge(self, images: Tensor) -> Tensor:
+        """The scores ``(N,)`` as a function of the images alone.
+
+        Parameters are detached and buffers are copies: a gradient reaches the images, while none reaches the
+        critic, no batch statistic moves and no flag is touched.
+        """
+        still = {name: parameter.detach() for name, parameter in self.network.named_parameters()}
+        still.update((name, buffer.clone()) for name, buffer in self.network.named_buffers())
+        return self._scores(lambda x: functional_call(self.network, still, (x,)), images)
+
+    def _scores(self, network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        check_image("wasserstein_critic", images)
+        if self.patch_size is not None and tuple(images.shape[2:]) != self.patch_size:
+            raise InputError(
+                "wasserstein_critic",
+                f"built for patches of {self.patch_size}, got images {shape(images)}; "
+                f"build it with patch_size={tuple(images.shape[2:])}",
+            )
+        scores = network(images)
+        if scores.dim() == 0 or scores.shape[0] != images.shape[0]:
+            raise InputError(
+                "wasserstein_critic",
+                f"{images.shape[0]} samples came in and scores of shape {tuple(scores.shape)} went out; "
+                "the network must keep the batch axis",
+            )
+        with no_autocast(images.device):
+            rows: Tensor = full_precision(scores).flatten(1).mean(1) if scores.dim() > 1 else full_precision(scores)
+        return rows
+
+
+def paper_critic(
+    in_channels: int, spatial_dims: int, patch_size: Sequence[int], channels: Sequence[int] = (32, 64, 128)
+) -> nn.Sequential:
+    """The paper's critic (section 3.3) for one patch size, as a plain network ``(N, C, *patch) -> (N, 1)``."""
+    if spatial_dims not in (1, 2, 3) or len(patch_size) != spatial_dims:
+        raise ValueError(
+            f"wasserstein_critic: patch_size {tuple(patch_size)} must have spatial_dims={spatial_dims} numbers, "
+            "and spatial_dims must be 1, 2 or 3"
+        )
+    if len(channels) != 3:
+        raise ValueError(f"wasserstein_critic: channels must be three numbers, got {tuple(channels)}")
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial_dims - 1]
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[spatial_dims - 1]
+    pool = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)[spatial_dims - 1]
+
+    def layers() -> Iterator[nn.Module]:
+        before = in_channels
+        for after, stride in zip(channels, (2, 2, 1), strict=True):
+            yield conv(before, after, 3, stride=stride, padding=1)
+            yield norm(after)
+            yield nn.LeakyReLU(0.2)
+            before = after
+
+    features = channels[-1]
+    for size in patch_size:
+        features *= (size + 3) // 4 // 2  # two strides that round up, one pool that rounds down
+    if features == 0:
+        raise ValueError(f"wasserstein_critic: patch_size {tuple(patch_size)} is too small; give at least 5 per axis")
+    return nn.Sequential(*layers(), pool(2), nn.Flatten(), nn.Linear(features, 1))

@@ -1,0 +1,115 @@
+"""Any image criterion as a term: MSE, L1, SSIM, LPIPS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taskloss.algebra import Term, to_scalar
+from taskloss.checks import InputError, check_image, check_range, check_same, shape
+from taskloss.frozen import Frozen, hold
+from taskloss.precision import full_precision, no_autocast
+
+
+class Fidelity(Term):
+    r"""An image criterion between the restored image and the reference.
+
+    .. math:: L(\hat x, x^*) = \mathrm{criterion}(\hat x, x^*)
+
+    Shapes must be equal: nothing is broadcast. The criterion runs in float32 under autocast. A criterion that is a
+    module is kept as a frozen copy, so nothing in it is trained, saved or switched to training mode.
+
+    An ``lpips.LPIPS`` gets its blind spots covered: it must be given three channels, its range [-1, 1] is checked
+    on the first reference, and its gradient is finite where features vanish.
+
+    Args:
+        criterion: ``criterion(x_hat, reference)``, a scalar or one value per sample.
+        preprocess: Differentiable map applied to both images first (channels, range).
+        expects: Range of the criterion's input; checked on the first reference, after ``preprocess``. Left out, it
+            is (-1, 1) for LPIPS and unchecked for the rest; None never checks.
+
+    Shape:
+        x_hat and reference ``(N, C, *spatial)``.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        InputError: For images that differ in shape, device or range, or a criterion that does not reduce.
+
+    Example:
+        >>> mse = Fidelity(nn.MSELoss())
+        >>> mse(torch.ones(1, 1, 4, 4), torch.zeros(1, 1, 4, 4))
+        tensor(1.)
+
+    Reference:
+        Task-Oriented Low-Dose CT Image Denoising, Eq. 5 and 6.
+    """
+
+    reads = "reference"
+
+    def __init__(
+        self,
+        criterion: Callable[[Tensor, Tensor], Tensor],
+        *,
+        preprocess: Callable[[Tensor], Tensor] | None = None,
+        expects: tuple[float, float] | None | str = "known",
+    ) -> None:
+        super().__init__()
+        if not callable(criterion):
+            raise TypeError(
+                f"fidelity: criterion must be callable as criterion(x_hat, reference), got {type(criterion).__name__}"
+            )
+        self.criterion = hold(criterion)
+        self.preprocess = hold(preprocess)
+        inner = self.criterion.network if isinstance(self.criterion, Frozen) else None
+        self._lpips = inner is not None and _is_lpips(inner)
+        if self._lpips:
+            _mend_lpips_(inner)
+        if isinstance(expects, str):
+            expects = (-1.0, 1.0) if self._lpips else None
+        self.expects = expects
+        self._range_checked = expects is None
+
+    def forward(self, x_hat: Tensor, reference: Tensor) -> Tensor:
+        """The criterion between ``x_hat`` and ``reference``; see the class."""
+        check_image(self.where, x_hat)
+        check_same(self.where, x_hat, reference)
+        if self.preprocess is not None:
+            x_hat, reference = self.preprocess(x_hat), self.preprocess(reference)
+        if self._lpips and x_hat.shape[1] != 3:
+            raise InputError(
+                self.where,
+                f"LPIPS needs 3 channels, got {shape(x_hat)}; pass preprocess=lambda x: x.expand(-1, 3, -1, -1)",
+            )
+        if not self._range_checked and self.expects is not None and not torch.compiler.is_compiling():
+            check_range(self.where, reference, self.expects)
+            self._range_checked = True
+        with no_autocast(x_hat.device):
+            value = self.criterion(full_precision(x_hat), full_precision(reference))  # type: ignore[misc]
+            return to_scalar(self.where, value, x_hat.shape[0])
+
+
+def _is_lpips(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind.__module__.split(".")[0] == "lpips" and kind.__name__ == "LPIPS"
+
+
+def _mend_lpips_(lpips: Any) -> None:
+    # LPIPS divides features by sqrt(sum of squares): where all channels vanish the value is fine, but the gradient
+    # is 0 * inf = NaN. Cutting the graph at exactly those positions leaves every value as it was.
+    if not isinstance(lpips.net, _CutWhereZero):
+        lpips.net = _CutWhereZero(lpips.net)
+
+
+class _CutWhereZero(nn.Module):
+    def __init__(self, trunk: nn.Module) -> None:
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        features = self.trunk(image)
+        return [torch.where((f == 0).all(1, keepdim=True), f.detach(), f) for f in features]

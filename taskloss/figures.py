@@ -1,0 +1,163 @@
+"""The paper's Fig. 2: what each loss asks of the restored image, drawn side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from taskloss.checks import InputError, shape
+from taskloss.gradients import GradientMaps
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def plot_gradient_maps(
+    maps: GradientMaps,
+    *,
+    prediction: Tensor | None = None,
+    roi: Tensor | None = None,
+    sample: int = 0,
+    channel: int = 0,
+    axis: int = 0,
+    index: int | None = None,
+    scale: Literal["own", "shared"] = "own",
+    window: tuple[float, float] | None = None,
+    titles: Mapping[str, str] | None = None,
+) -> Figure:
+    r"""Draw the reference, x_hat, label and T's output above one map :math:`\partial L_i/\partial \hat x` per term.
+
+    The maps are diverging and centred on zero, each with its colour bar. With a ``roi`` its outline is drawn, and
+    each map's title tells the share of the gradient's energy inside and that share over the region's share of the
+    area (:class:`Focus`).
+
+    Args:
+        maps: From :func:`gradient_maps`; its reference, x_hat and label make the first row.
+        prediction: T's output: class scores ``(N, K, *spatial)``, drawn as their arg max, or a map.
+        roi: Mask for the outline and the focus numbers.
+        sample: Which sample of the batch.
+        channel: Which channel of the images.
+        axis: Of volumes, the spatial axis to cut across.
+        index: Of volumes, the slice; the middle of the ROI or of the volume if None.
+        scale: ``"own"`` scales every map by its own 99.5th percentile; ``"shared"`` all by the largest, so that
+            colours compare across maps.
+        window: Grey levels of the images; the reference's range if None.
+        titles: Titles for terms, in place of their names.
+
+    Returns:
+        A matplotlib figure; save it with ``figure.savefig("maps.png")``.
+
+    Raises:
+        InputError: For one-dimensional signals, or an index outside the volume.
+
+    Example:
+        >>> from taskloss import Fidelity, gradient_maps
+        >>> maps = gradient_maps(Fidelity(torch.nn.L1Loss()), torch.rand(1, 1, 8, 8), reference=torch.rand(1, 1, 8, 8))
+        >>> figure = plot_gradient_maps(maps, titles={"fidelity": "L1"})
+
+    Reference:
+        Task-Oriented Low-Dose CT Image Denoising, Fig. 2.
+    """
+    from matplotlib.figure import Figure
+
+    if scale not in ("own", "shared"):
+        raise ValueError(f"plot_gradient_maps: scale must be 'own' or 'shared', got {scale!r}")
+    if maps.x_hat.dim() not in (4, 5):
+        raise InputError("plot_gradient_maps", f"draws images and volumes, got x_hat {shape(maps.x_hat)}")
+    cut = _Cut(maps.x_hat, sample, channel, axis, index, roi)
+    focus = {} if roi is None else maps.focus(roi)
+    top = _images(maps, prediction, cut)
+    slices = {name: cut(gradient) for name, gradient in maps.maps.items()}
+    limits = {name: _limit(image) for name, image in slices.items()}
+    if scale == "shared":
+        limits = dict.fromkeys(limits, max(limits.values(), default=1.0))
+    columns = max(len(top), len(slices), 1)
+    figure = Figure(figsize=(2.9 * columns, 5.9), layout="constrained", dpi=130)
+    grid = figure.subplots(2, columns, squeeze=False)
+    for panel in grid.flat:
+        panel.set_axis_off()
+    grey = window or _window(maps, cut)
+    for panel, (title, (image, is_classes)) in zip(grid[0], top.items(), strict=False):
+        if is_classes:
+            panel.imshow(image, cmap="viridis", interpolation="nearest", vmin=0, vmax=max(float(image.max()), 1.0))
+        else:
+            panel.imshow(image, cmap="gray", vmin=grey[0], vmax=grey[1])
+        panel.set_title(title, fontsize=10)
+    outline = None if roi is None else cut(maps._mask(roi).float())
+    for panel, (name, image) in zip(grid[1], slices.items(), strict=False):
+        limit = limits[name]
+        drawn = panel.imshow(image, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        bar = figure.colorbar(drawn, ax=panel, shrink=0.75, pad=0.02)
+        bar.ax.tick_params(labelsize=7)
+        bar.ax.ticklabel_format(style="sci", scilimits=(-2, 2))
+        bar.ax.yaxis.get_offset_text().set_fontsize(7)
+        title = r"$\partial L/\partial\hat{x}$, " + (titles or {}).get(name, name)
+        if name in focus:
+            title += f"\n{focus[name].share:.0%} of its energy in the ROI, {focus[name].ratio:.1f}x the area's share"
+        panel.set_title(title, fontsize=8 if name in focus else 10)
+        if outline is not None and outline.any():
+            panel.contour(outline, levels=[0.5], colors="k", linewidths=0.6)
+    return figure
+
+
+class _Cut:
+    """One 2-D slice of one channel of one sample, as a NumPy array."""
+
+    def __init__(
+        self, x_hat: Tensor, sample: int, channel: int, axis: int, index: int | None, roi: Tensor | None
+    ) -> None:
+        self.sample, self.channel, self.axis = sample, channel, axis
+        self.is_volume = x_hat.dim() == 5
+        self.index = 0
+        if self.is_volume:
+            if axis not in (0, 1, 2):
+                raise InputError("plot_gradient_maps", f"axis must be 0, 1 or 2, got {axis!r}")
+            size = x_hat.shape[2 + axis]
+            self.index = self._middle(roi, size) if index is None else index
+            if not 0 <= self.index < size:
+                raise InputError("plot_gradient_maps", f"index {index} is outside the {size} slices of axis {axis}")
+
+    def __call__(self, tensor: Tensor) -> Any:
+        image = tensor[self.sample, min(self.channel, tensor.shape[1] - 1)]
+        if self.is_volume:
+            image = image.select(self.axis, self.index)
+        return image.detach().float().cpu().numpy()
+
+    def _middle(self, roi: Tensor | None, size: int) -> int:
+        if roi is None or not bool((roi[self.sample] != 0).any()):
+            return size // 2
+        mask = roi[self.sample] != 0
+        spatial = mask if mask.dim() == 3 else mask.any(0)
+        others = [a for a in range(3) if a != self.axis]
+        return int(spatial.sum(dim=others).argmax())  # the slice that shows most of it
+
+
+def _images(maps: GradientMaps, prediction: Tensor | None, cut: _Cut) -> dict[str, tuple[Any, bool]]:
+    images: dict[str, tuple[Any, bool]] = {}
+    if maps.reference is not None:
+        images["reference $x^*$"] = (cut(maps.reference), False)
+    images[r"restored $\hat{x}$"] = (cut(maps.x_hat), False)
+    spatial = maps.x_hat.shape[2:]
+    for title, target in (("label", maps.label), (r"$T(\hat{x})$", prediction)):
+        if not isinstance(target, Tensor) or target.shape[-len(spatial) :] != spatial:
+            continue  # a class index or a box is no picture
+        if target.dim() == maps.x_hat.dim() - 1:
+            target = target[:, None]
+        if target.shape[1] > 1:
+            target = target.argmax(1, keepdim=True)
+        images[title] = (cut(target), True)
+    return images
+
+
+def _limit(image: Any) -> float:
+    magnitude = torch.from_numpy(image).abs().flatten()
+    peak = float(torch.quantile(magnitude, 0.995)) if magnitude.numel() else 0.0
+    return peak or float(magnitude.max()) or 1.0
+
+
+def _window(maps: GradientMaps, cut: _Cut) -> tuple[float, float]:
+    image = cut(maps.x_hat if maps.reference is None else maps.reference)
+    return float(image.min()), float(image.max())

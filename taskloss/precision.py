@@ -1,0 +1,31 @@
+"""Criteria run in full precision, whatever autocast the caller trains under."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def full_precision(tree: Any) -> Any:
+    """Cast half and bfloat16 tensors to float32 inside any nest of dicts, lists and tuples; leave the rest.
+
+    A sum over four million voxels overflows in float16 and loses its small terms in bfloat16; criteria are cheap
+    beside the network that feeds them, so they get float32.
+    """
+    if isinstance(tree, Tensor):
+        return tree.float() if tree.dtype in (torch.float16, torch.bfloat16) else tree
+    if isinstance(tree, Mapping):
+        return type(tree)({key: full_precision(value) for key, value in tree.items()})  # type: ignore[call-arg]
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*map(full_precision, tree))
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(full_precision(value) for value in tree)
+    return tree
+
+
+def no_autocast(device: torch.device) -> torch.autocast:
+    """A context in which the caller's autocast is off."""
+    return torch.autocast(device.type, enabled=False)

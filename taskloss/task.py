@@ -1,0 +1,212 @@
+"""The term the library exists for: what a frozen task network says about the restored image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from taskloss.algebra import Term, to_scalar, zero_loss
+from taskloss.audit import find_blocker
+from taskloss.checks import InputError, check_image, check_range
+from taskloss.frozen import Frozen, freeze, hold
+from taskloss.precision import full_precision, no_autocast
+
+
+class TaskOrientedLoss(Term):
+    r"""The task's own loss on the restored image, seen through a frozen task network.
+
+    .. math:: L_t(\hat x) = \mathrm{criterion}(T(\hat x), \mathrm{label})
+
+    T is frozen for good (see :class:`Frozen`); the gradient flows through it to x_hat. The criterion runs in
+    float32 under autocast.
+
+    Samples without a label are left out before T runs, and the criterion averages over the others: give the label
+    as a list with one entry per sample and None where there is none, or name with ``missing`` the value that fills
+    such a label. A batch without any label gives a zero that still back-propagates.
+
+    Args:
+        task_model: The network T, or several of them: their losses are averaged, or take turns.
+        task_criterion: ``criterion(prediction, label)``, a scalar or one value per sample. None if the network
+            computes its own loss as ``T(x_hat, label)``, which torchvision's detectors do in training mode only:
+            then its containers run in training mode, its normalisation and dropout stay in eval.
+        preprocess: Differentiable map from the restorer's units to T's (HU window, scale, channels, size).
+        output: Picks the prediction out of what T returns (dict, tuple, deep supervision).
+        copy: Keep a deep copy of T (default); False freezes the caller's own network in place.
+        checkpoint: Recompute T's activations in the backward pass instead of storing them.
+        ensemble: With several networks, ``"mean"`` or ``"turns"`` (one per call; the turn is in ``state_dict``).
+        missing: A sample whose label is filled with this value alone has no label. Costs a device sync per call.
+        expects: Range of T's input, for instance ``(0, 1)``; checked at the first call, after ``preprocess``.
+
+    Shape:
+        x_hat ``(N, C, *spatial)`` with one to three spatial axes; label as the criterion wants it, first axis N.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        InputError: For a missing label, another device or dtype than T's, an input out of ``expects``, or a T
+            through which no gradient reaches x_hat (the blocking module is named).
+
+    Example:
+        >>> segmenter = nn.Conv2d(1, 3, 3, padding=1)
+        >>> task = TaskOrientedLoss(segmenter, nn.CrossEntropyLoss())
+        >>> x_hat = torch.zeros(2, 1, 8, 8, requires_grad=True)
+        >>> task(x_hat, torch.ones(2, 8, 8, dtype=torch.long)).backward()
+        >>> x_hat.grad.shape, segmenter.weight.grad
+        (torch.Size([2, 1, 8, 8]), None)
+
+    Reference:
+        Task-Oriented Low-Dose CT Image Denoising, Eq. 3 and 4.
+    """
+
+    reads = "label"
+
+    def __init__(
+        self,
+        task_model: nn.Module | Sequence[nn.Module],
+        task_criterion: Callable[..., Any] | None,
+        *,
+        preprocess: Callable[[Tensor], Any] | None = None,
+        output: Callable[[Any], Any] | None = None,
+        copy: bool = True,
+        checkpoint: bool = False,
+        ensemble: Literal["mean", "turns"] = "mean",
+        missing: float | None = None,
+        expects: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__()
+        models = [task_model] if isinstance(task_model, nn.Module) else list(task_model)
+        if not models:
+            raise ValueError("task_oriented_loss: task_model is empty; give at least one network")
+        if ensemble not in ("mean", "turns"):
+            raise ValueError(f"task_oriented_loss: ensemble must be 'mean' or 'turns', got {ensemble!r}")
+        if task_criterion is not None and not callable(task_criterion):
+            raise TypeError(
+                "task_oriented_loss: task_criterion must be callable as criterion(prediction, label), "
+                f"got {type(task_criterion).__name__}"
+            )
+        computes_loss = task_criterion is None
+        self.task_models = nn.ModuleList(
+            freeze(model, copy=copy, checkpoint=checkpoint, computes_loss=computes_loss) for model in models
+        )
+        self.task_criterion = hold(task_criterion)
+        self.preprocess = hold(preprocess)
+        self.output = hold(output)
+        self.turns = Turns(len(models)) if ensemble == "turns" else None
+        self.missing = missing
+        self.expects = expects
+        self._range_checked = expects is None
+
+    @property
+    def task_model(self) -> Frozen:
+        """The (first) frozen task network."""
+        return self._models()[0]
+
+    def forward(self, x_hat: Tensor, label: Any) -> Tensor:
+        """The task's loss of ``x_hat`` against ``label``; see the class."""
+        check_image(self.where, x_hat)
+        if label is None:
+            raise InputError(self.where, "needs a label, but label is None; call loss(x_hat, label=...)")
+        x_hat, label, n_labelled = self._labelled(x_hat, label)
+        if n_labelled == 0:
+            return zero_loss(x_hat)
+        models = self._models()
+        if self.turns is not None:
+            models = [models[self.turns.next()]]
+        losses = [self._loss(model, x_hat, label, n_labelled) for model in models]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+    def predict(self, x: Tensor) -> Any:
+        """What the (first) task network makes of an image, through ``preprocess`` and ``output``; no graph."""
+        with torch.no_grad():
+            return self._predict(self.task_model, x)
+
+    def _models(self) -> list[Frozen]:
+        return [model for model in self.task_models if isinstance(model, Frozen)]
+
+    def _predict(self, model: Frozen, x_hat: Tensor, *label: Any) -> Any:
+        image = x_hat if self.preprocess is None else self.preprocess(x_hat)
+        if isinstance(image, Tensor) and not torch.compiler.is_compiling():
+            model.check_input(self.where, image)
+            if not self._range_checked and self.expects is not None:
+                check_range(self.where, image, self.expects)
+                self._range_checked = True
+        prediction = model(image, *label)
+        return prediction if self.output is None else self.output(prediction)
+
+    def _loss(self, model: Frozen, x_hat: Tensor, label: Any, n_samples: int) -> Tensor:
+        own = (label,) if self.task_criterion is None else ()
+        prediction = self._predict(model, x_hat, *own)
+        with no_autocast(x_hat.device):
+            prediction = full_precision(prediction)
+            value = prediction if self.task_criterion is None else self.task_criterion(prediction, label)
+            value = to_scalar(self.where, value, n_samples)
+        if x_hat.requires_grad and torch.is_grad_enabled() and not value.requires_grad:
+            raise InputError(self.where, self._blocked(model, x_hat))
+        return value
+
+    def _blocked(self, model: Frozen, x_hat: Tensor) -> str:
+        image = x_hat if self.preprocess is None else self.preprocess(x_hat)
+        if isinstance(image, Tensor) and not image.requires_grad:
+            culprit = "preprocess"
+        elif isinstance(image, Tensor) and (name := find_blocker(model.network, image)) is not None:
+            culprit = repr(name)
+        else:
+            culprit = "the output function or the criterion"
+        return f"the gradient does not reach x_hat; {culprit} blocks it (see audit_task_model)"
+
+    def _labelled(self, x_hat: Tensor, label: Any) -> tuple[Tensor, Any, int]:
+        n = x_hat.shape[0]
+        if isinstance(label, Tensor):
+            if label.dim() == 0 or label.shape[0] != n:
+                raise InputError(
+                    self.where,
+                    f"x_hat holds {n} samples but label has shape {tuple(label.shape)}; "
+                    "its first axis must be the batch",
+                )
+            if label.device != x_hat.device:
+                raise InputError(
+                    self.where,
+                    f"x_hat is on {x_hat.device} but label is on {label.device}; call label.to('{x_hat.device}')",
+                )
+            if self.missing is None:
+                return x_hat, label, n
+            filled = label.isnan() if math.isnan(self.missing) else label == self.missing
+            present = ~filled.reshape(n, -1).all(1)
+            return x_hat[present], label[present], int(present.sum())
+        if isinstance(label, list):
+            if len(label) != n:
+                raise InputError(self.where, f"x_hat holds {n} samples but label has {len(label)} entries")
+            kept = [i for i, entry in enumerate(label) if entry is not None]
+            entries = [label[i] for i in kept]
+            if len(kept) < n:
+                x_hat = x_hat[torch.tensor(kept, dtype=torch.long, device=x_hat.device)]
+            stackable = all(isinstance(e, Tensor) and e.shape == entries[0].shape for e in entries)
+            return x_hat, torch.stack(entries) if entries and stackable else entries, len(kept)
+        return x_hat, label, n
+
+
+class Turns(nn.Module):
+    """Counts round n networks, one per call; the turn is saved, so that a resumed run goes on where it was."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n = n
+        self.turn = 0
+
+    def next(self) -> int:
+        """The network whose turn it is."""
+        turn, self.turn = self.turn, (self.turn + 1) % self.n
+        return turn
+
+    def get_extra_state(self) -> int:
+        """The turn, for ``state_dict``."""
+        return self.turn
+
+    def set_extra_state(self, state: int) -> None:
+        """Take up the saved turn."""
+        self.turn = state % self.n
