@@ -166,9 +166,11 @@ class GradientBalancer:
         names = list(terms)
         if not names:
             return {}, {}
-        squares = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32).square() for g in gradients.values()])
+        wide = any(g.dtype == torch.float64 for g in gradients.values())
+        dtype = torch.float64 if wide else torch.float32
+        squares = torch.stack([torch.linalg.vector_norm(g, dtype=dtype).square() for g in gradients.values()])
         squares = sum_over_processes_(squares)
-        values = torch.stack([terms[name].float() for name in names])
+        values = torch.stack([terms[name].to(dtype) for name in names])
         numbers_, squares_ = torch.stack([values, squares]).tolist()
         numbers = dict(zip(names, numbers_, strict=True))
         # Losses are means over the batch: the whole batch's gradient is each part's over the number of parts.

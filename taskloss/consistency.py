@@ -106,13 +106,18 @@ class TaskConsistencyLoss(Term):
                 value = distance if value is None else value + distance
         assert value is not None  # layers are never empty
         if x_hat.requires_grad and torch.is_grad_enabled() and not value.requires_grad:
-            image = x_hat if self.preprocess is None else self.preprocess(x_hat)
-            name = find_blocker(self.task_model.network, image) or "the output function or the distance"
-            raise InputError(
-                self.where,
-                f"the gradient does not reach x_hat; {name!r} blocks it (see audit_task_model)",
-            )
+            raise InputError(self.where, self._blocked(x_hat))
         return value
+
+    def _blocked(self, x_hat: Tensor) -> str:
+        image = x_hat if self.preprocess is None else self.preprocess(x_hat)
+        if isinstance(image, Tensor) and not image.requires_grad:
+            culprit = "preprocess"
+        elif isinstance(image, Tensor) and (name := find_blocker(self.task_model.network, image)) is not None:
+            culprit = repr(name)
+        else:
+            culprit = "the output function or the distance"
+        return f"the gradient does not reach x_hat; {culprit} blocks it (see audit_task_model)"
 
     def _target(self, reference: Tensor) -> dict[str, Any]:
         remembered = None if self._cache is None else self._cache.recall(reference)

@@ -99,7 +99,7 @@ def _is_lpips(module: nn.Module) -> bool:
 
 
 def _mend_lpips_(lpips: Any) -> None:
-    # LPIPS divides features by sqrt(sum of squares): where all channels vanish the value is fine, but the gradient
+    # LPIPS divides features by sqrt(sum of squares): where that sum vanishes (or underflows) the value is fine, but the gradient
     # is 0 * inf = NaN. Cutting the graph at exactly those positions leaves every value as it was.
     if not isinstance(lpips.net, _CutWhereZero):
         lpips.net = _CutWhereZero(lpips.net)
@@ -112,4 +112,4 @@ class _CutWhereZero(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         features = self.trunk(image)
-        return [torch.where((f == 0).all(1, keepdim=True), f.detach(), f) for f in features]
+        return [torch.where(f.detach().square().sum(1, keepdim=True) == 0, f.detach(), f) for f in features]

@@ -62,13 +62,13 @@ class Frozen(nn.Module):
         if isinstance(network, Frozen):
             network = network.network
         if copy:
-            network = _copy.deepcopy(network)
+            with torch.no_grad():  # else the copy of a TorchScript network has no leaves
+                network = _copy.deepcopy(network)
         for parameter in network.parameters():
             parameter.requires_grad_(False)
             parameter.grad = None
         for module in network.modules():
-            is_leaf = next(module.children(), None) is None or isinstance(module, nn.MultiheadAttention)
-            module.training = computes_loss and not is_leaf
+            module.training = computes_loss and not _is_leaf(module)
         # A list is invisible to nn.Module's registry; that is the whole trick.
         self._hidden = [network]
         self._shared = not copy
@@ -140,10 +140,10 @@ class Frozen(nn.Module):
         return chain(self.network.named_parameters(), self.network.named_buffers())
 
     def _check_untouched(self) -> None:
-        if not self._shared or self.computes_loss or torch.compiler.is_compiling():
+        if not self._shared or torch.compiler.is_compiling():
             return
         for name, module in self.network.named_modules():
-            if module.training:
+            if module.training and not (self.computes_loss and not _is_leaf(module)):
                 raise InputError(
                     "frozen",
                     f"the shared network's {name or 'root'!r} was switched to training mode; "
@@ -189,6 +189,11 @@ def check_layers(where: str, network: nn.Module, layers: Sequence[str]) -> None:
             )
 
 
+def _is_leaf(module: nn.Module) -> bool:
+    # Attention has a child, yet its dropout is its own.
+    return next(module.children(), None) is None or isinstance(module, nn.MultiheadAttention)
+
+
 class _AllReached(Exception):  # noqa: N818 - a signal, not an error
     """Ends a forward pass that has nothing left to give."""
 
@@ -198,7 +203,7 @@ def _capture(network: nn.Module, x: Tensor, layers: Sequence[str]) -> tuple[Any,
 
     def keep(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            found.setdefault(name, (output, output._version if isinstance(output, Tensor) else 0))
+            found.setdefault(name, (output, _version(output)))
             if len(found) == len(layers):
                 raise _AllReached
 
@@ -215,10 +220,15 @@ def _capture(network: nn.Module, x: Tensor, layers: Sequence[str]) -> tuple[Any,
         if name not in found:
             raise InputError("features", f"layer {name!r} never ran in the network's forward pass")
         output, version = found[name]
-        if isinstance(output, Tensor) and output._version != version:
+        if _version(output) != version:
             raise InputError(
                 "features",
                 f"layer {name!r} is overwritten in place by the layer after it; name that layer instead, "
                 "or set its inplace to False",
             )
     return tuple(found[name][0] for name in layers)
+
+
+def _version(output: Any) -> int:
+    # Tensors of inference mode do not count their versions.
+    return output._version if isinstance(output, Tensor) and not output.is_inference() else 0

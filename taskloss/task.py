@@ -143,7 +143,10 @@ class TaskOrientedLoss(Term):
         prediction = self._predict(model, x_hat, *own)
         with no_autocast(x_hat.device):
             prediction = full_precision(prediction)
-            value = prediction if self.task_criterion is None else self.task_criterion(prediction, label)
+            if self.task_criterion is None:
+                value = prediction
+            else:
+                value = self.task_criterion(prediction, full_precision(label))
             value = to_scalar(self.where, value, n_samples)
         if x_hat.requires_grad and torch.is_grad_enabled() and not value.requires_grad:
             raise InputError(self.where, self._blocked(model, x_hat))

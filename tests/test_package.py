@@ -1,0 +1,108 @@
+"""The package as a whole: its layers, its weight, its front door, and the prose that runs."""
+
+import ast
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import taskloss
+
+ROOT = Path(__file__).parent.parent
+LAYERS = [
+    {"checks", "precision", "distributed", "_version"},
+    {"frozen", "algebra"},
+    {"audit"},
+    {"task", "consistency", "fidelity", "constraints"},
+    {"critic", "gradients"},
+    {"adversarial", "balancing", "figures"},
+]
+DEPTH = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
+
+
+def imports_of(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "taskloss").glob("*.py")), ids=lambda p: p.stem)
+def test_imports_point_down_only(path) -> None:
+    for name in imports_of(path):
+        assert not name.startswith(("examples", "benchmarks", "docs", "tests")), name
+        if name.startswith("taskloss.") and path.stem != "__init__":
+            assert DEPTH[name.split(".")[1]] < DEPTH[path.stem], f"{path.stem} imports {name}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.py")), ids=lambda p: p.stem)
+def test_examples_use_public_names_only(path) -> None:
+    for name in imports_of(path):
+        assert name == "taskloss" or not name.startswith("taskloss"), name
+
+
+def test_the_core_imports_torch_and_the_standard_library_alone() -> None:
+    code = "import sys, taskloss; print(*{m.split('.')[0] for m in sys.modules})"
+    loaded = set(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    )
+    code = "import sys, torch; print(*{m.split('.')[0] for m in sys.modules})"
+    base = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    extra = loaded - base - set(sys.stdlib_module_names)
+    assert extra <= {"taskloss"} | {m for m in extra if m.startswith("__editable__")}, extra
+
+
+def test_import_costs_at_most_50_ms_over_torch() -> None:
+    code = "import time, torch; t = time.perf_counter(); import taskloss; print(time.perf_counter() - t)"
+    costs = []
+    for _ in range(5):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        costs.append(float(done.stdout))
+        if costs[-1] <= 0.05:
+            return
+        time.sleep(0.5)  # a busy machine: the least of a few is the cost
+    raise AssertionError(costs)
+
+
+def test_the_front_door() -> None:
+    promised = [
+        "TaskOrientedLoss",
+        "TaskConsistencyLoss",
+        "Fidelity",
+        "WassersteinCritic",
+        "WeightClipping",
+        "GradientPenalty",
+        "AdversarialLoss",
+        "LossSum",
+        "Frozen",
+        "audit_task_model",
+        "GradientBalancer",
+        "gradient_maps",
+        "plot_gradient_maps",
+    ]
+    assert set(promised) <= set(taskloss.__all__)
+    assert all(getattr(taskloss, name).__doc__ for name in taskloss.__all__ if name != "__version__")
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_the_code_blocks_of_a_page_run(page, tmp_path, monkeypatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": page.stem}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_the_links_of_a_page_lead_somewhere(page) -> None:
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
