@@ -99,10 +99,10 @@ def _is_lpips(module: nn.Module) -> bool:
 
 
 def _mend_lpips_(lpips: Any) -> None:
-    # LPIPS divides features by sqrt(sum of squares): where that sum vanishes (or underflows) the value is fine, but the gradient
-    # is 0 * inf = NaN. Cutting the graph at exactly those positions leaves every value as it was.
+    # LPIPS divides features by sqrt(sum of squares): where that sum is zero (or underflows to it) the value is fine,
+    # but the gradient is 0 * inf = NaN. Cutting the graph at exactly those positions leaves every value as it was.
     if not isinstance(lpips.net, _CutWhereZero):
-        lpips.net = _CutWhereZero(lpips.net)
+        lpips.net = _CutWhereZero(lpips.net).eval()
 
 
 class _CutWhereZero(nn.Module):

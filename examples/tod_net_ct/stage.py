@@ -1,0 +1,106 @@
+"""What the stages share: a folder that knows whether its work is done, and a progress bar with the time left."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from .volumes import replacing
+
+Item = TypeVar("Item")
+
+
+def is_done(folder: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether this folder holds the finished result of exactly these facts."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return False
+    return manifest.get("facts") == _plain(facts)
+
+
+def finish(folder: Path, facts: Mapping[str, Any], **results: Any) -> None:
+    """Write the folder's manifest: what it was made from, with which versions, and what came out."""
+    packages = {}
+    for name in ("taskloss", "torch", "monai", "numpy", "scikit-image", "scipy"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "not installed"
+    manifest = {
+        "facts": facts,
+        "results": results,
+        "packages": {"python": platform.python_version(), **packages},
+    }
+    write_text(folder / "manifest.json", json.dumps(_plain(manifest), indent=2))
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    """What a finished stage wrote down."""
+    results: dict[str, Any] = json.loads((folder / "manifest.json").read_text())["results"]
+    return results
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, short."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as unfinished:
+        Path(unfinished).write_text(text)
+
+
+def save_tensors(path: Path, **tensors: torch.Tensor) -> None:
+    """Write tensors to a file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as unfinished:
+        torch.save(tensors, unfinished)
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read the file of `save_tensors`; nothing in it is executed."""
+    loaded: dict[str, torch.Tensor] = torch.load(path, weights_only=True)
+    return loaded
+
+
+def progress(items: Iterable[Item], title: str, total: int | None = None) -> Iterator[Item]:
+    """Go through items under a bar that tells the time left; a plain line where nobody watches."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    quiet = os.environ.get("TASKLOSS_QUIET") == "1"
+    with Progress(*columns, disable=quiet) as bar:
+        task = bar.add_task(title, total=total if total is not None else len(items), note="")  # type: ignore[arg-type]
+        for item in items:
+            yield item
+            bar.advance(task)
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
