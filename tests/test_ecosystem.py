@@ -16,13 +16,6 @@ from torch import Tensor, nn
 
 from taskloss import Fidelity, Frozen, InputError, LossSum, TaskConsistencyLoss, TaskOrientedLoss
 
-pytestmark = [
-    # Third parties' own imports; nothing of ours raises these.
-    pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:monai.*"),
-    pytest.mark.filterwarnings("ignore:.*:FutureWarning:monai.*"),
-    pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:timm.*"),
-]
-
 
 @dataclass
 class Case:
@@ -379,7 +372,7 @@ def test_a_copied_or_pickled_task_loss_says_the_same(name: str, how: str) -> Non
     assert again.task_model.digest() == term.task_model.digest()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_a_torchscript_network_is_frozen_like_any_other() -> None:
     net = warmed(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3)), image(8, 8))
     scripted = torch.jit.script(net)
@@ -417,8 +410,8 @@ def _backbone() -> nn.Module:
     def block(before: int, after: int) -> list[nn.Module]:
         return [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
 
-    backbone = nn.Sequential(*block(3, 8), *block(8, 8), *block(8, 8), nn.Dropout(0.5))
-    backbone.out_channels = 8
+    backbone = nn.Sequential(*block(3, 8), *block(8, 8), *block(8, 32), nn.Dropout(0.5))
+    backbone.out_channels = 32
     return backbone
 
 
