@@ -169,26 +169,31 @@ def soft_kl(prediction: Tensor, target: Tensor, *, temperature: float = 1.0, dim
 
 
 class Remembered:
-    """The features of the last reference, valid while that very tensor lives on unchanged."""
+    """The features of the last reference, valid while that very tensor lives on unchanged, in the same precision."""
 
     def __init__(self) -> None:
         self._of: weakref.ref[Tensor] | None = None
-        self._version = -1
+        self._state: tuple[object, ...] = ()
         self._features: dict[str, Any] | None = None
 
     def recall(self, reference: Tensor) -> dict[str, Any] | None:
         """The features kept for this tensor, if it has not been written to since."""
         if self._of is None or self._of() is not reference or reference.is_inference():
             return None
-        return self._features if reference._version == self._version else None
+        return self._features if self._state == _state(reference) else None
 
     def keep(self, reference: Tensor, features: dict[str, Any]) -> None:
         """Remember the features of one reference and forget the one before."""
-        if not reference.is_inference():
-            self._of, self._version, self._features = weakref.ref(reference), reference._version, features
+        if not reference.is_inference() and not torch.is_inference_mode_enabled():
+            self._of, self._state, self._features = weakref.ref(reference), _state(reference), features
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # a copy or a pickle starts with nothing remembered
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
+
+
+def _state(reference: Tensor) -> tuple[object, ...]:
+    kind = reference.device.type
+    return reference._version, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)

@@ -398,12 +398,12 @@ def faster_rcnn() -> nn.Module:
 
 def retinanet() -> nn.Module:
     models = pytest.importorskip("torchvision.models.detection")
-    return models.RetinaNet(_backbone(), 3, min_size=64, max_size=64, anchor_generator=_anchors(models))
+    return models.RetinaNet(_backbone(), 3, min_size=64, max_size=64, anchor_generator=_anchors(models, 16, 32))
 
 
 def fcos() -> nn.Module:
     models = pytest.importorskip("torchvision.models.detection")
-    return models.FCOS(_backbone(), 3, min_size=64, max_size=64)
+    return models.FCOS(_backbone(), 3, min_size=64, max_size=64, anchor_generator=_anchors(models, 16))
 
 
 def _backbone() -> nn.Module:
@@ -415,8 +415,8 @@ def _backbone() -> nn.Module:
     return backbone
 
 
-def _anchors(models: Any) -> nn.Module:
-    return models.anchor_utils.AnchorGenerator(sizes=((16, 32),), aspect_ratios=((1.0,),))
+def _anchors(models: Any, *sizes: int) -> nn.Module:
+    return models.anchor_utils.AnchorGenerator(sizes=(sizes,), aspect_ratios=((1.0,),))
 
 
 def boxes() -> list[dict[str, Tensor]]:
