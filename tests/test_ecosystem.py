@@ -685,6 +685,16 @@ def test_mending_lpips_leaves_the_callers_own_alone() -> None:
     assert torch.equal(metric(x, reference), before)
 
 
+@lpips_test
+def test_an_lpips_that_is_shared_instead_of_copied_works_and_is_checked() -> None:
+    shared = Frozen(lpips_net(), copy=False)
+    term, x = Fidelity(shared), colour()
+    assert float(term(x, x)) == 0
+    shared.network.train()
+    with pytest.raises(InputError, match="was switched to training mode"):
+        term(x, x)
+
+
 # --- the defects of perceptual losses that this library exists to avoid ----------------------------------------------
 
 

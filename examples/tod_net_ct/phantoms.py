@@ -89,14 +89,14 @@ def abdominal_phantom(
     Args:
         seed: The patient. Neither the global random state nor the grid changes the anatomy.
         shape: Slices, rows and columns; the grid's centre is the body's.
-        voxel_mm: Voxel size `(dz, dy, dx)`; a body is 260 to 380 mm wide and 190 to 290 mm deep.
+        voxel_mm: Voxel size `(dz, dy, dx)`; a body is 280 to 375 mm wide and 220 to 280 mm deep.
 
     Shape:
         `(D, H, W)`.
 
     Units:
         mm and HU. Liver 46 to 76, its lesions 12 to 45 below or 20 to 40 above it; spleen, muscle, pancreas and
-        stomach wall at most 30 from it and mostly less than 15; kidney 30 to 185, aorta 42 to 220 and vena cava
+        stomach wall at most 35 from it and mostly less than 15; kidney 20 to 170, aorta 42 to 220 and vena cava
         40 to 150 with the contrast phase; fat about -100, gas -950, bone 120 to 620, all with 4 HU of texture.
 
     Approximation:
