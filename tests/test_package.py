@@ -4,7 +4,6 @@ import ast
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -59,15 +58,13 @@ def test_the_core_imports_torch_and_the_standard_library_alone() -> None:
 
 
 def test_import_costs_at_most_50_ms_over_torch() -> None:
-    code = "import time, torch; t = time.perf_counter(); import taskloss; print(time.perf_counter() - t)"
+    # Processor time, and the least of a few: a busy machine must not fail the library.
+    code = "import time, torch; t = time.process_time(); import taskloss; print(time.process_time() - t)"
     costs = []
-    for _ in range(5):
+    while len(costs) < 4 and not (costs and costs[-1] <= 0.05):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         costs.append(float(done.stdout))
-        if costs[-1] <= 0.05:
-            return
-        time.sleep(0.5)  # a busy machine: the least of a few is the cost
-    raise AssertionError(costs)
+    assert min(costs) <= 0.05, costs
 
 
 def test_the_front_door() -> None:
@@ -90,7 +87,7 @@ def test_the_front_door() -> None:
     assert all(getattr(taskloss, name).__doc__ for name in taskloss.__all__ if name != "__version__")
 
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -106,3 +103,14 @@ def test_the_code_blocks_of_a_page_run(page, tmp_path, monkeypatch) -> None:
 def test_the_links_of_a_page_lead_somewhere(page) -> None:
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_every_mutant_still_breaks_a_line_that_exists() -> None:
+    from tests.mutants import mutants
+
+    rows = mutants()
+    assert len(rows) >= 12
+    for file, line, becomes, test in rows:
+        assert (ROOT / "taskloss" / file).read_text().count(line + "\n") == 1, line
+        assert becomes != line
+        assert (ROOT / "tests" / test.split("::")[0]).exists(), test

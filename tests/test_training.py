@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from taskloss import (
     AdversarialLoss,
@@ -152,6 +154,50 @@ def test_under_autocast_every_criterion_runs_in_float32(build: Callable[[Callabl
         term(x_hat, torch.rand(2, 1, 8, 8).bfloat16()).backward()
     assert x_hat.dtype == torch.bfloat16
     assert set(spy.seen) == {(torch.float32, torch.float32, torch.float32, False)}
+
+
+Heads = namedtuple("Heads", ["out", "aux"])
+
+CONTAINERS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "dict": lambda out, aux: {"out": out, "aux": aux},
+    "ordered-dict": lambda out, aux: OrderedDict(out=out, aux=aux),
+    "defaultdict": lambda out, aux: defaultdict(list, out=out, aux=aux),
+    "list": lambda out, aux: [out, aux],
+    "tuple": lambda out, aux: (out, aux),
+    "named-tuple": lambda out, aux: Heads(out, aux),
+    "nested": lambda out, aux: {"heads": [out, (aux,)]},
+}
+
+
+class Answers(nn.Module):
+    """A task network that answers with a container."""
+
+    def __init__(self, container: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.container = container
+        self.body = nn.Conv2d(1, 1, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.container(self.body(x), 2 * self.body(x))
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_under_autocast_every_tensor_of_an_answer_reaches_the_criterion_in_float32(name: str) -> None:
+    seen: list[Any] = []
+
+    def criterion(answer: Any, label: Tensor) -> Tensor:
+        seen.append(answer)
+        leaves = tree_leaves(dict(answer) if isinstance(answer, defaultdict) else answer)
+        assert [leaf.dtype for leaf in leaves] == [torch.float32] * 2
+        return sum((leaf - label).square().mean() for leaf in leaves)
+
+    term = TaskOrientedLoss(Answers(CONTAINERS[name]), criterion)
+    x = torch.rand(2, 1, 4, 4, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        term(x, torch.zeros(2, 1, 4, 4)).backward()
+    assert x.grad.any()
+    if name != "defaultdict":
+        assert type(seen[0]) is type(CONTAINERS[name](x, x))
 
 
 def test_a_whole_step_under_autocast_is_close_to_that_of_float32() -> None:
