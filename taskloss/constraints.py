@@ -105,7 +105,8 @@ class GradientPenalty:
 
     def penalty(self, critic: Callable[[Tensor], Tensor], x_hat: Tensor, reference: Tensor) -> Tensor:
         """The unweighted penalty, a scalar."""
-        with no_autocast(x_hat.device):
+        # Validation under inference mode wants the penalty too, and it is made of a gradient.
+        with torch.inference_mode(False), no_autocast(x_hat.device):
             x_hat, reference = full_precision((x_hat.detach(), reference.detach()))
             alpha_shape = (x_hat.shape[0],) + (1,) * (x_hat.dim() - 1)
             device = x_hat.device if self.generator is None else self.generator.device

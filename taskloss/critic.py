@@ -112,7 +112,9 @@ class WassersteinCritic(nn.Module):
             backward: In place of ``loss.backward()``, for instance ``fabric.backward``.
 
         Under ``torch.distributed`` the gradients are averaged over the processes here, so the critic needs no
-        ``DistributedDataParallel`` around it (whose hooks a gradient penalty would break).
+        ``DistributedDataParallel`` around it (whose hooks a gradient penalty would break). The weights are not
+        broadcast: seed every process alike, or load the same weights. A ``GradScaler``'s ``backward`` must unscale
+        the gradients too, because the optimiser steps without it.
         """
         value = self.breakdown(x_hat, reference)
         optimizer.zero_grad(set_to_none=True)

@@ -167,6 +167,10 @@ def gradient_maps(
         Task-Oriented Low-Dose CT Image Denoising, section 2.2.
     """
     check_image("gradient_maps", x_hat)
+    if torch.is_inference_mode_enabled():
+        raise InputError(
+            "gradient_maps", "gradients need autograd, which inference mode turns off; use torch.no_grad()"
+        )
     total = as_sum(loss)
     weights = total.weights_at(step)
     maps = {}

@@ -101,6 +101,12 @@ def test_the_penaltys_draws_come_from_its_generator() -> None:
     assert torch.equal(first, draw(1)) and not torch.equal(first, draw(2))
 
 
+def test_the_penalty_can_be_watched_in_inference_mode() -> None:
+    critic = WassersteinCritic(network=linear_critic(3.0, 36), constraint=GradientPenalty())
+    with torch.inference_mode():
+        assert critic.breakdown(image(), image()).floats()["penalty"] == pytest.approx(4.0, abs=1e-5)
+
+
 def test_batch_norm_and_the_penalty_do_not_go_together() -> None:
     with pytest.raises(
         InputError, match=r"gradient_penalty: '1' is a BatchNorm2d, which mixes the samples of a batch; use"

@@ -128,6 +128,13 @@ class TestBadInput:
         with pytest.raises(InputError, match=r"fidelity: needs a reference, but reference is None"):
             gradient_maps(Fidelity(nn.MSELoss()), image())
 
+    def test_inference_mode(self) -> None:
+        with (
+            torch.inference_mode(),
+            pytest.raises(InputError, match=r"gradients need autograd, .* use torch.no_grad\(\)"),
+        ):
+            gradient_maps(Fidelity(nn.MSELoss()), image(), reference=image())
+
     def test_a_mask_of_another_shape(self) -> None:
         with pytest.raises(InputError, match=r"focus: roi \(2, 5, 5\) does not fit x_hat \(2, 1, 6, 6\)"):
             self.maps.focus(torch.ones(2, 5, 5))
