@@ -1,11 +1,9 @@
-"""Every test starts from the same random state and on few threads."""
-
-import os
+"""Every test starts from the same random state, on one thread: the suite runs one process per core."""
 
 import pytest
 import torch
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -405,7 +405,7 @@ def test_a_balancer_through_a_grad_scaler_gives_the_direct_gradient(kind: str, d
 @pytest.mark.parametrize("constraint", [WeightClipping(0.05), GradientPenalty(10.0)], ids=["clip", "penalty"])
 def test_a_critic_step_through_a_scaler_that_unscales_is_the_direct_step(constraint: Any) -> None:
     x, reference, _ = x_reference_label()
-    weights = []
+    weights, through_the_scaler = [], []
     start = small_critic(constraint)
     for kind in ("direct", "scaled"):
         critic = copy.deepcopy(start)
@@ -415,10 +415,12 @@ def test_a_critic_step_through_a_scaler_that_unscales_is_the_direct_step(constra
         def backward(value: Tensor, scaler: Any = scaler, optimizer: Any = optimizer) -> None:
             scaler.scale(value).backward()
             scaler.unscale_(optimizer)
+            through_the_scaler.append(float(value.detach()))
 
         torch.manual_seed(3)  # for the penalty's alpha
         critic.step(optimizer, x, reference, backward=None if kind == "direct" else backward)
         weights.append(nn.utils.parameters_to_vector(critic.parameters()))
+    assert len(through_the_scaler) == 1
     torch.testing.assert_close(*weights)
     assert not torch.equal(weights[0], nn.utils.parameters_to_vector(start.parameters()))
 

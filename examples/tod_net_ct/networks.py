@@ -171,8 +171,8 @@ def save_checkpoint(
         "state_dict": state,
         "facts": {"window_hu": (float(lower), float(upper)), **facts},
     }
-    with replacing(path) as unfinished:
-        torch.save(content, unfinished)
+    with replacing(path) as unfinished, open(unfinished, "wb") as file:
+        torch.save(content, file)  # an open file: torch writes a path's name into the bytes
     return path
 
 

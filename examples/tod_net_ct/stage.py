@@ -64,8 +64,8 @@ def write_text(path: Path, text: str) -> None:
 def save_tensors(path: Path, **tensors: torch.Tensor) -> None:
     """Write tensors to a file that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as unfinished:
-        torch.save(tensors, unfinished)
+    with replacing(path) as unfinished, open(unfinished, "wb") as file:
+        torch.save(tensors, file)  # an open file: torch writes a path's name into the bytes
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
