@@ -23,21 +23,21 @@ class Settings:
     # Data: phantoms, unless ``data`` names a folder in LiTS or KiTS layout.
     data: str = ""
     organ: str = "liver"
-    n_train: int = 160
+    n_train: int = 400
     n_validation: int = 12
     n_test: int = 40
     shape: tuple[int, int, int] = (16, 64, 64)  # slices, rows, columns of a training volume
     voxel_mm: tuple[float, float, float] = (6.0, 6.0, 6.0)
 
     # Low dose
-    i0_photons: float = 2e4
+    i0_photons: float = 1.5e4
     electronic_noise_photons: float = 3.2
-    kernel: str = "hann"
-    n_views: int = 180
+    kernel: str = "ramp"  # on a coarse grid a soft kernel would need photon starvation for the same noise
+    n_views: int = 96
 
     # Task network: Dice loss on normal dose
     task_width: int = 8
-    task_steps: int = 300
+    task_steps: int = 2000
     task_batch: int = 4
     task_learning_rate: float = 3e-3
 
@@ -46,7 +46,7 @@ class Settings:
     width: int = 6  # the paper: 32
     norm: str = "instance"  # as in the published code; the paper does not say
     critic_channels: tuple[int, int, int] = (8, 16, 32)  # the paper: 32, 64, 128
-    steps: int = 300
+    steps: int = 250
     batch: int = 2
     optimizer: str = "adam"  # the paper: rmsprop
     learning_rate: float = 2e-3  # the paper: 5e-4
@@ -57,7 +57,7 @@ class Settings:
     weight_mse: float = 0.5  # the paper's lambda
     balance: bool = True  # shares of the gradient norm at x_hat in place of the weights
     share_adv: float = 0.3
-    share_task: float = 1.0
+    share_task: float = 2.0
     share_mse: float = 1.0
     validate_every: int = 50
 

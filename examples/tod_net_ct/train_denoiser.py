@@ -45,12 +45,14 @@ def train_denoiser(name: str, settings: Settings, run: Path) -> Path:
     folder = run / "denoisers" / name
     names = (
         "seed", "width", "norm", "critic_channels", "steps", "batch", "optimizer", "learning_rate",
-        "decay_learning_rate", "clip", "weight_adv", "weight_task", "weight_mse", "balance", "share_adv",
-        "share_task", "share_mse", "validate_every",
+        "decay_learning_rate", "clip", "weight_adv", "weight_mse", "balance", "share_adv",
+        "share_mse", "validate_every",
     )  # fmt: skip
     facts: dict[str, Any] = {field: getattr(settings, field) for field in names}
     facts |= {"denoiser": name, "low_dose": digest(run / "low_dose" / "manifest.json")}
-    facts |= {"task": digest(run / "task" / "unet.pt")}
+    if name == "tod_net":
+        facts |= {field: getattr(settings, field) for field in ("weight_task", "share_task")}
+        facts |= {"task": digest(run / "task" / "unet.pt")}
     if is_done(folder, facts):
         return folder
 
