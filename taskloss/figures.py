@@ -96,7 +96,7 @@ def plot_gradient_maps(
         bar.ax.yaxis.get_offset_text().set_fontsize(7)
         title = r"$\partial L/\partial\hat{x}$, " + (titles or {}).get(name, name)
         if name in focus:
-            title += f"\n{focus[name].share:.0%} of its energy in the ROI, {focus[name].ratio:.1f}x the area's share"
+            title += f"\n{focus[name].share:.0%} in the ROI ({focus[name].ratio:.1f}x its area)"
         panel.set_title(title, fontsize=8 if name in focus else 10)
         if outline is not None and outline.any():
             panel.contour(outline, levels=[0.5], colors="k", linewidths=0.6)

@@ -107,7 +107,7 @@ def test_denoise_restores_a_nifti_volume(run, tmp_path) -> None:
     assert main(arguments) == 0
     out = nibabel.load(tmp_path / "out.nii.gz")
     assert out.shape == volume.shape and out.get_data_dtype() == volume.dtype
-    outside = (volume < -200) | (volume > 200)
+    outside = (volume < -400) | (volume > 400)
     result = torch.from_numpy(out.get_fdata()).short().numpy()
     assert (result[outside] == volume[outside]).all() and (result != volume).any()
 

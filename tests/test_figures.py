@@ -33,7 +33,7 @@ def test_the_two_rows_of_fig_2(spatial_dims) -> None:
     assert titles[:4] == ["reference $x^*$", r"restored $\hat{x}$", "label", r"$T(\hat{x})$"]
     assert len(titles) == 7 and "MSE" in titles[4] and "task" in titles[6]
     share = maps.focus(y)["task"].share
-    assert f"{share:.0%} of its energy in the ROI" in titles[6]
+    assert f"{share:.0%} in the ROI (" in titles[6]
 
 
 def test_maps_are_centred_on_zero_each_or_all_on_one_scale() -> None:

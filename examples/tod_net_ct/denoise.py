@@ -36,9 +36,12 @@ def denoise_volume(
 ) -> Tensor:
     """Denoise a volume of any size in tiles that overlap by the network's receptive radius.
 
-    **Outside the window.** A voxel whose *input* HU lies outside `window_hu` is returned unchanged, bit for bit: the
-    network saw it clamped and cannot know it (air, bone, metal). A voxel inside the window stays inside: what the
-    network puts beyond is clamped, since nothing in training ever lay there.
+    **Outside the window.** The network saw every value clamped and cannot know what lies beyond (air, bone, metal).
+    So a voxel whose *input* HU lies more than half the window's width beyond `window_hu` (below -400 or above 400) is
+    returned unchanged, bit for bit. One that lies beyond by less may be soft tissue that noise carried out: it takes
+    the denoised value if that is back inside by more than a tenth of the width (40 HU), and else is returned
+    unchanged too. Without this, every outlier would stay as a speckle. A voxel inside the window stays inside: what
+    the network puts beyond is clamped, since nothing in training ever lay there.
 
     **Tiles.** Each tile is read with a halo of `network.receptive_radius` voxels, so the tiled result equals the
     untiled one to rounding. Instance norm also takes the mean and variance of all that it sees. With
@@ -76,7 +79,9 @@ def denoise_volume(
     size = _checked_tile(tile) if tile is not None else _largest_tile(volume_hu.shape, network, memory_gib)
     tiles = list(_tiles(tuple(volume_hu.shape), size, network.receptive_radius))
     unit = to_unit(volume_hu, window_hu)
-    inside = (volume_hu >= window_hu[0]) & (volume_hu <= window_hu[1])
+    lower, upper = window_hu
+    band, back = (upper - lower) / 2, (upper - lower) / 10
+    far = (volume_hu < lower - band) | (volume_hu > upper + band)
     result_hu = volume_hu.clone()
     network = copy.deepcopy(network).to(device).eval()
     report = progress if progress is not None else lambda share: None
@@ -86,11 +91,14 @@ def denoise_volume(
         if len(tiles) > 1 and statistics == "whole":
             done = _fix_statistics(network, unit, tiles, device, report)
         for n, part in enumerate(tiles, start=1):
-            here = inside[part.core]
-            if bool(here.any()):  # a tile of air alone is returned as it came
+            if not bool(far[part.core].all()):  # a tile of air alone is returned as it came
                 restored = network(unit[part.read][None, None].to(device))[0, 0][part.core_in_read].cpu()
                 restored_hu = to_hu(restored.float().clamp_(0, 1), window_hu)
-                result_hu[part.core] = torch.where(here, restored_hu, volume_hu[part.core])
+                given_hu = volume_hu[part.core]
+                stays_below = (given_hu < lower) & (restored_hu <= lower + back)
+                stays_above = (given_hu > upper) & (restored_hu >= upper - back)
+                kept = far[part.core] | stays_below | stays_above
+                result_hu[part.core] = torch.where(kept, given_hu, restored_hu)
             report(done + (1 - done) * n / len(tiles))
     except torch.OutOfMemoryError as error:
         raise ValueError(
