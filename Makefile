@@ -9,13 +9,13 @@ demo: .venv/ready  ## phantoms -> low dose -> U-Net -> MSE-WGAN and TOD-Net -> r
 	$(RUN) examples.tod_net_ct run demo --output runs/demo
 
 test: .venv/ready  ## the fast suite: laws, doctests, the code blocks of README and docs
-	OMP_NUM_THREADS=1 $(RUN) pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(RUN) pytest -m "not slow" -n 2 --dist loadscope
 
 check: .venv/ready  ## what contributors run before they push
 	$(RUN) ruff format --check .
 	$(RUN) ruff check .
 	$(RUN) mypy
-	OMP_NUM_THREADS=1 $(RUN) pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(RUN) pytest -m "not slow" -n 2 --dist loadscope
 
 format: .venv/ready
 	$(RUN) ruff format .

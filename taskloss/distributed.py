@@ -21,6 +21,13 @@ def sum_over_processes_(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def share_weights_(network: nn.Module) -> None:
+    """Give every process the first one's parameters and buffers; nothing to do on one process."""
+    if n_processes() > 1:
+        for tensor in (*network.parameters(), *network.buffers()):
+            dist.broadcast(tensor.detach(), src=0)
+
+
 def average_gradients_(parameters: Iterable[nn.Parameter]) -> None:
     """Average the gradients over all processes in one message per dtype; nothing to do on one process.
 

@@ -32,7 +32,8 @@ class TaskOrientedLoss(Term):
         task_model: The network T, or several of them: their losses are averaged, or take turns.
         task_criterion: ``criterion(prediction, label)``, a scalar or one value per sample. None if the network
             computes its own loss as ``T(x_hat, label)``, which torchvision's detectors do in training mode only:
-            then its containers run in training mode, its normalisation and dropout stay in eval.
+            then its containers run in training mode, its normalisation and dropout layers stay in eval (a dropout
+            called as a function inside a container does not: look for it with :func:`audit_task_model`).
         preprocess: Differentiable map from the restorer's units to T's (HU window, scale, channels, size).
         output: Picks the prediction out of what T returns (dict, tuple, deep supervision).
         copy: Keep a deep copy of T (default); False freezes the caller's own network in place.
@@ -130,11 +131,13 @@ class TaskOrientedLoss(Term):
 
     def _predict(self, model: Frozen, x_hat: Tensor, *label: Any) -> Any:
         image = x_hat if self.preprocess is None else self.preprocess(x_hat)
-        if isinstance(image, Tensor) and not torch.compiler.is_compiling():
-            model.check_input(self.where, image)
-            if not self._range_checked and self.expects is not None:
-                check_range(self.where, image, self.expects)
-                self._range_checked = True
+        if not torch.compiler.is_compiling():
+            tensors = [t for t in (image if isinstance(image, (list, tuple)) else [image]) if isinstance(t, Tensor)]
+            for tensor in tensors:
+                model.check_input(self.where, tensor)
+                if not self._range_checked and self.expects is not None:
+                    check_range(self.where, tensor, self.expects)
+            self._range_checked = self._range_checked or bool(tensors)
         prediction = model(image, *label)
         return prediction if self.output is None else self.output(prediction)
 

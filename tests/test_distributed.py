@@ -45,13 +45,16 @@ pytestmark = pytest.mark.skipif(
 
 
 def play(constraint: str, how: str, rank: int, n_processes: int, *, unlabelled_rank: int | None = None) -> Record:
-    """A few steps of the whole game on this process's part of every batch; the weights start equal everywhere."""
+    """A few steps of the whole game on this process's part of every batch; the denoisers start equal, the critics do not."""
     torch.manual_seed(0)
     denoiser = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 1, 3, padding=1)).double()
     network = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(36, 1))
     draws = torch.Generator()
     keep = WeightClipping(0.1) if constraint == "clipping" else GradientPenalty(10.0, generator=draws)
     critic = WassersteinCritic(network=network, constraint=keep).double()
+    with torch.no_grad():
+        for parameter in critic.parameters():
+            parameter.add_(rank)  # the first step shares the first process's weights
     loss = LossSum(
         adv=0.3 * AdversarialLoss(critic),
         task=TaskOrientedLoss(segmenter(), nn.CrossEntropyLoss()),

@@ -264,3 +264,14 @@ def test_a_right_range_is_accepted_with_some_overshoot(expects) -> None:
     low, high = expects
     x = low + (high - low) * (1.4 * image(size=16) - 0.2)
     TaskOrientedLoss(segmenter(), cross_entropy, expects=expects)(x, labels(x))
+
+
+def test_a_wrong_range_is_refused_in_a_list_of_images_too() -> None:
+    class First(nn.Module):
+        def forward(self, images):
+            return torch.stack(list(images))
+
+    x = image(size=16) * 255
+    loss = TaskOrientedLoss(First(), nn.MSELoss(), preprocess=list, expects=(0, 1))
+    with pytest.raises(InputError, match=r"the input spans \[.*\] but \[0, 1\] is expected"):
+        loss(x, x)
