@@ -126,7 +126,7 @@ def test_a_failing_save_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
     earlier = path.read_bytes()
 
     def half(_content, file):
-        file.write_bytes(b"half")
+        file.write(b"half")
         raise OSError("no space left on device")
 
     monkeypatch.setattr(torch, "save", half)
