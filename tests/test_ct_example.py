@@ -55,6 +55,15 @@ def test_the_table_is_the_mean_of_the_cases(run) -> None:
     assert summary["means"]["tod_net"]["roi_rmse_hu"] == pytest.approx(mean)
 
 
+@pytest.mark.parametrize("other", ["mse", "l1", "perceptual"])
+def test_the_task_gradient_keeps_to_the_organ_more_than_any_other(run, other) -> None:
+    focus = json.loads((run / "evaluation" / "summary.json").read_text())["focus"]
+    if other not in focus:
+        pytest.skip("no ImageNet network is installed")
+    assert focus["task"]["ratio"] > 2
+    assert focus[other]["low"] > 0, "the 95 % interval of the paired gap in share"
+
+
 def test_a_second_run_finds_everything_done(run) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.pt")}
     assert main(["run", "smoke", "--output", str(run)]) == 0

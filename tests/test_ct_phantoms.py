@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,15 +12,6 @@ from examples.tod_net_ct.phantoms import ORGANS, Phantom, abdominal_phantom, org
 
 COARSE = {"shape": (16, 64, 64), "voxel_mm": (10.0, 6.0, 6.0)}
 FINE = {"shape": (32, 96, 96), "voxel_mm": (5.0, 4.0, 4.0)}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small tensors: a second thread only waits, and waits long on a busy machine."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,15 +15,6 @@ from examples.tod_net_ct.projector import KERNELS, ParallelBeam
 DOUBLE = torch.float64
 SIZES = [pytest.param(32, id="even"), pytest.param(33, id="odd"), pytest.param((20, 31), id="wide"),
          pytest.param((31, 20), id="tall")]  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small tensors: a second thread only waits, and waits long on a busy machine."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def noise(*shape: int, dtype: torch.dtype = DOUBLE, seed: int = 0) -> Tensor:

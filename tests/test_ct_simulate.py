@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,15 +23,6 @@ from examples.tod_net_ct.simulate import (
 N, VIEWS, PIXEL_MM = 24, 20, 10.0
 VOXEL_MM = (5.0, PIXEL_MM, PIXEL_MM)
 BEAM = ParallelBeam(N, VIEWS, PIXEL_MM)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small tensors: a second thread only waits, and waits long on a busy machine."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def cylinder(radius_mm: float = 90.0, n_slices: int = 1, hu: float = 0.0) -> Tensor:

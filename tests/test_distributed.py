@@ -45,7 +45,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def play(constraint: str, how: str, rank: int, n_processes: int, *, unlabelled_rank: int | None = None) -> Record:
-    """A few steps of the whole game on this process's part of every batch; the denoisers start equal, the critics do not."""
+    """A few steps of the whole game on this process's part of every batch; denoisers start equal, critics do not."""
     torch.manual_seed(0)
     denoiser = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 1, 3, padding=1)).double()
     network = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(36, 1))
