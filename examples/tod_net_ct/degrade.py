@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from .projector import ParallelBeam
 from .settings import Settings
 from .simulate import low_dose
 from .stage import finish, is_done, load_tensors, progress, save_tensors
@@ -19,6 +20,7 @@ def degrade(settings: Settings, run: Path) -> Path:
     if is_done(folder, facts):
         return folder
     paths = sorted(cases.glob("*.pt"))
+    beam = ParallelBeam(settings.shape[1:], settings.n_views, settings.voxel_mm[2])  # one geometry for all cases
     n_clamped = n_rays = 0
     for number, path in enumerate(progress(paths, "simulate low dose")):
         normal_hu = load_tensors(path)["normal_hu"].float()
@@ -29,7 +31,7 @@ def degrade(settings: Settings, run: Path) -> Path:
             generator=1_000_003 * (settings.seed + 1) + number,
             electronic_noise_photons=settings.electronic_noise_photons,
             kernel=settings.kernel,
-            n_views=settings.n_views,
+            beam=beam,
         )
         low_hu = result.volume_hu.round().clamp(-32768, 32767).to(torch.int16)
         save_tensors(folder / path.name, low_hu=low_hu)
