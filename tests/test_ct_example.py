@@ -82,6 +82,38 @@ def test_a_changed_setting_redoes_what_depends_on_it_alone(run, tmp_path) -> Non
     assert redone == [False, False, False, True]
 
 
+def test_fewer_cases_leave_no_old_ones_behind(tmp_path) -> None:
+    from dataclasses import replace
+
+    from examples.tod_net_ct.degrade import degrade
+    from examples.tod_net_ct.prepare import cases_of, prepare
+
+    many = replace(PRESETS["smoke"], shape=(8, 16, 16), voxel_mm=(12.0, 24.0, 24.0))
+    for settings in (many, replace(many, n_train=2)):
+        cases, low_dose = prepare(settings, tmp_path), degrade(settings, tmp_path)
+        assert len(cases_of(cases, "train")) == len(cases_of(low_dose, "train")) == settings.n_train
+
+
+def test_a_stage_killed_midway_counts_as_not_done(tmp_path, monkeypatch) -> None:
+    from dataclasses import replace
+
+    from examples.tod_net_ct import prepare as stage
+    from examples.tod_net_ct.stage import is_done
+
+    settings = replace(PRESETS["smoke"], shape=(8, 16, 16), voxel_mm=(12.0, 24.0, 24.0))
+    stage.prepare(settings, tmp_path)
+    facts = json.loads((tmp_path / "cases" / "manifest.json").read_text())["facts"]
+    assert is_done(tmp_path / "cases", facts)
+
+    def killed(*_arguments, **_tensors):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "save_tensors", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stage.prepare(replace(settings, seed=1), tmp_path)
+    assert not is_done(tmp_path / "cases", facts), "the old settings would find the new run's files"
+
+
 def test_the_same_seed_gives_the_same_weights(run, tmp_path) -> None:
     assert main(["run", "smoke", "--output", str(tmp_path)]) == 0
     digests = [

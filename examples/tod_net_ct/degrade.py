@@ -9,7 +9,7 @@ import torch
 from .projector import ParallelBeam
 from .settings import Settings
 from .simulate import low_dose
-from .stage import finish, is_done, load_tensors, progress, save_tensors
+from .stage import begin, finish, is_done, load_tensors, progress, save_tensors
 
 
 def degrade(settings: Settings, run: Path) -> Path:
@@ -19,6 +19,7 @@ def degrade(settings: Settings, run: Path) -> Path:
     facts = {name: getattr(settings, name) for name in names} | {"cases": (cases / "manifest.json").read_text()}
     if is_done(folder, facts):
         return folder
+    begin(folder)
     paths = sorted(cases.glob("*.pt"))
     beam = ParallelBeam(settings.shape[1:], settings.n_views, settings.voxel_mm[2])  # one geometry for all cases
     n_clamped = n_rays = 0

@@ -18,7 +18,7 @@ from .denoise import denoise_volume
 from .metrics import dice, image_quality, paired
 from .networks import load_denoiser
 from .settings import Settings
-from .stage import digest, finish, is_done, progress, write_text
+from .stage import begin, digest, finish, is_done, progress, write_text
 from .train_task import dice_loss, load_task
 from .volumes import WINDOW_HU, to_unit
 
@@ -32,6 +32,7 @@ def evaluate(settings: Settings, run: Path) -> Path:
     facts = {name: digest(path) for name, path in denoisers.items()} | {"task": digest(run / "task" / "unet.pt")}
     if is_done(folder, facts):
         return folder
+    begin(folder)
     unet = load_task(settings, run)
     networks = {name: load_denoiser(path) for name, path in denoisers.items()}
     cases = Cases(run, "test")

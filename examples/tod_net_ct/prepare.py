@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .phantoms import abdominal_phantom, organ_mask
 from .settings import Settings
-from .stage import finish, is_done, progress, save_tensors
+from .stage import begin, finish, is_done, progress, save_tensors
 from .volumes import Case, find_cases, read_label, read_scan
 
 SPLITS = ("train", "validation", "test")
@@ -31,6 +31,7 @@ def prepare(settings: Settings, run: Path) -> Path:
     counts = {"train": settings.n_train, "validation": settings.n_validation, "test": settings.n_test}
     total = sum(counts.values())
     source = _from_folder(settings, total) if settings.data else _phantoms(settings, total)
+    begin(folder)
     places = [f"{split}-{i:03d}" for split in SPLITS for i in range(counts[split])]
     origin = {}
     for place, (name, normal_hu, mask) in zip(places, progress(source, "prepare cases", total), strict=True):

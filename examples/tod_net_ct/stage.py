@@ -27,6 +27,14 @@ def is_done(folder: Path, facts: Mapping[str, Any]) -> bool:
     return manifest.get("facts") == _plain(facts)
 
 
+def begin(folder: Path) -> None:
+    """Empty a stage's folder before its work: an old manifest must not vouch for new files, nor old files stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").unlink(missing_ok=True)  # first: killed from here on, the stage counts as not done
+    for path in folder.glob("*.pt"):
+        path.unlink()
+
+
 def finish(folder: Path, facts: Mapping[str, Any], **results: Any) -> None:
     """Write the folder's manifest: what it was made from, with which versions, and what came out."""
     packages = {}

@@ -25,7 +25,7 @@ from taskloss import (
 from .data import Cases
 from .networks import Denoiser, save_checkpoint
 from .settings import Settings
-from .stage import digest, finish, is_done, progress, write_text
+from .stage import begin, digest, finish, is_done, progress, write_text
 from .train_task import dice_loss, endless, load_task
 
 
@@ -56,7 +56,7 @@ def train_denoiser(name: str, settings: Settings, run: Path) -> Path:
     if is_done(folder, facts):
         return folder
 
-    folder.mkdir(parents=True, exist_ok=True)
+    begin(folder)
     torch.manual_seed(settings.seed)  # the same initial weights, whatever the loss
     denoiser = Denoiser(settings.width, norm=settings.norm).to(memory_format=torch.channels_last_3d)
     critic = WassersteinCritic(

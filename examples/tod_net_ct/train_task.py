@@ -13,7 +13,7 @@ from taskloss import audit_task_model
 from .data import Cases
 from .networks import unet
 from .settings import Settings
-from .stage import digest, finish, is_done, load_tensors, progress, save_tensors
+from .stage import begin, digest, finish, is_done, load_tensors, progress, save_tensors
 
 
 def dice_loss() -> nn.Module:
@@ -30,6 +30,7 @@ def train_task(settings: Settings, run: Path) -> Path:
     facts = {name: getattr(settings, name) for name in names} | {"cases": digest(cases / "manifest.json")}
     if is_done(folder, facts):
         return folder
+    begin(folder)
     torch.manual_seed(settings.seed)
     network = unet(settings.task_width).to(memory_format=torch.channels_last_3d)
     optimizer = torch.optim.Adam(network.parameters(), lr=settings.task_learning_rate)
