@@ -1,7 +1,11 @@
 """Laws and errors of `examples.tod_net_ct.denoise`."""
 
 import argparse
+import math
 import os
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -268,3 +272,187 @@ def test_an_outlier_comes_back_only_if_the_network_sees_tissue(given_hu, restore
     volume_hu[1, 1, 1] = given_hu
     result_hu = denoise_volume(Constant((restored_hu + 200) / 400), volume_hu)
     assert float(result_hu[1, 1, 1]) == pytest.approx(expected_hu, abs=1e-3)
+
+
+# Tiles and memory
+
+
+@pytest.mark.parametrize("shape", [(450, 512, 512), (1, 512, 512), (75, 333, 1), (7, 9, 8)], ids=str)
+def test_best_size_fits_and_covers(shape):
+    from examples.tod_net_ct.tiles import best_size, cut
+
+    for max_voxels in (30_000, 1_000_000):
+        size = best_size(shape, 8, max_voxels)
+        covered = 0
+        for part in cut(shape, size, 8):
+            assert math.prod(s.stop - s.start for s in part.read) <= max_voxels
+            covered += math.prod(s.stop - s.start for s in part.core)
+        assert covered == math.prod(shape)
+    assert best_size((450, 512, 512), 8, 1000) is None
+
+
+def test_best_size_reads_little_beside_its_cores():
+    from examples.tod_net_ct.tiles import best_size, cut
+
+    size = best_size((450, 512, 512), 8, 1_000_000)
+    read = sum(math.prod(s.stop - s.start for s in part.read) for part in cut((450, 512, 512), size, 8))
+    assert read < 1.6 * 450 * 512 * 512
+
+
+def test_statistics_hold_one_tile_at_a_time(monkeypatch):
+    """The features alive at once are those of one tile, whatever the number of tiles."""
+    network, sizes = seeded(width=2), []
+    real = torch.nn.Conv3d.forward
+
+    def watched(self, x):
+        out = real(self, x)
+        sizes.append(out[0, 0].numel())
+        return out
+
+    monkeypatch.setattr(torch.nn.Conv3d, "forward", watched)
+    denoise_volume(network, body_hu((40, 20, 19)), WINDOW_HU, (10, 20, 19))
+    assert max(sizes) == 26 * 20 * 19  # a core of 10 slices and two halos of 8
+
+
+def test_memory_gb_is_of_the_whole_program(checkpoint, source, tmp_path):
+    with pytest.raises(ValueError, match="^memory_gb: expected more than 1.0 GB, got 0.5; give more --memory-gb"):
+        denoise_file(checkpoint, source, tmp_path / "out.nii", memory_gb=0.5, device="cpu")
+    assert not (tmp_path / "out.nii").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [2, 32])
+def test_peak_memory_of_a_large_scan(tmp_path, width):
+    """The peak of a whole process stays within --memory-gb; a small one here, so that it ends soon."""
+    save_checkpoint(tmp_path / "wide.pt", seeded(width=width))
+    voxels = body_hu((120, 128, 128)).permute(2, 1, 0).numpy().astype(np.int16)
+    nib.Nifti1Image(voxels[:, :, : 120 if width == 2 else 24], np.eye(4)).to_filename(tmp_path / "in.nii.gz")
+    words = ["denoise", "--checkpoint", tmp_path / "wide.pt", "--input", tmp_path / "in.nii.gz"]
+    words += ["--output", tmp_path / "out.nii.gz", "--memory-gb", 1.6, "--device", "cpu", "--statistics", "tile"]
+    code = "import sys, resource; from examples.tod_net_ct import __main__ as m; code = m.main(sys.argv[1:]); "
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9); sys.exit(code)"
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1]) < 1.6
+
+
+# DICOM
+
+
+@pytest.fixture
+def axial(tmp_path):
+    pytest.importorskip("pydicom")
+    from .test_ct_dicom import series_of
+
+    return series_of(tmp_path / "axial", hu_of_body())
+
+
+def hu_of_body():
+    return body_hu((8, 9, 10)).round().numpy().astype(np.int16)
+
+
+def test_dicom_and_nifti_routes_agree(tmp_path, checkpoint, axial):
+    from examples.tod_net_ct.dicom import read_series
+
+    from .test_ct_dicom import as_nifti
+
+    nifti = as_nifti(tmp_path / "same.nii.gz", hu_of_body())
+    (made,) = denoise_file(checkpoint, axial, tmp_path / "out", tile=(5, 6, 7))
+    denoise_file(checkpoint, axial, tmp_path / "out.nii.gz", tile=(5, 6, 7))
+    denoise_file(checkpoint, nifti, tmp_path / "from-nifti.nii.gz", tile=(5, 6, 7))
+    denoise_file(checkpoint, nifti, tmp_path / "templated", tile=(5, 6, 7), template=axial)
+    expected = nib.load(tmp_path / "from-nifti.nii.gz")
+    np.testing.assert_allclose(nib.load(tmp_path / "out.nii.gz").affine, expected.affine, atol=1e-5)
+    wanted_hu = read_scan(tmp_path / "from-nifti.nii.gz").volume_hu
+    assert (wanted_hu != torch.from_numpy(hu_of_body())).float().mean() > 0.3
+    for folder in (made, tmp_path / "templated"):
+        assert torch.equal(read_series(folder).volume_hu, wanted_hu)
+    assert torch.equal(read_scan(tmp_path / "out.nii.gz").volume_hu, wanted_hu)
+
+
+def test_the_derivation_names_the_weights(tmp_path, checkpoint, axial):
+    import hashlib
+
+    import pydicom
+
+    denoise_file(checkpoint, axial, tmp_path / "out")
+    said = pydicom.dcmread(tmp_path / "out" / "slice-0001.dcm").DerivationDescription
+    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:16]
+    assert said == f"Denoised with taskloss tod_net_ct, weights {digest}, HU window -200 to 200"
+
+
+@pytest.mark.parametrize("output", ["out.nii.gz", "out"])
+def test_a_task_network_adds_its_label_map(tmp_path, checkpoint, axial, output):
+    pytest.importorskip("monai")
+    from examples.tod_net_ct.segment import segment
+    from examples.tod_net_ct.task_networks import build, load_network, save_network
+    from examples.tod_net_ct.volumes import read_label
+
+    save_network(tmp_path / "task.pt", build("unet", 2), "unet", 2, voxel_mm=[3.0, 1.5, 1.5])
+    paths = denoise_file(checkpoint, axial, tmp_path / output, task=tmp_path / "task.pt")
+    assert paths == [tmp_path / output, tmp_path / "out-label.nii.gz"]
+    scan, network = read_scan(paths[0]), load_network(tmp_path / "task.pt")
+    assert nib.load(paths[1]).get_data_dtype() == np.uint8
+    label = read_label(paths[1], like=read_scan(axial), allow_empty=True)  # on the scan's own grid
+    again = segment(network, scan.volume_hu, scan.voxel_mm, [3.0, 1.5, 1.5])
+    assert (label == again).float().mean() > 0.95  # the file's HU are rounded
+    assert 0 < label.float().mean() < 1
+
+
+def run(*words):
+    from examples.tod_net_ct.__main__ import main as command
+
+    return command(["denoise", *map(str, words)])
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, checkpoint, source, axial, capsys):
+    from .test_ct_dicom import hu_at, make_slice, save, series_of
+
+    mixed = series_of(tmp_path / "mixed")
+    save(mixed / "b", [make_slice(s, k, uid_root="1.2.4") for k, s in enumerate(hu_at())])
+    gap = series_of(tmp_path / "gap")
+    (gap / "IM1.dcm").unlink()
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "notes.txt").write_text("no DICOM")
+    other = tmp_path / "other.pt"
+    torch.save({"state_dict": nn.Linear(2, 2).state_dict()}, other)
+    stranger = tmp_path / "stranger.pt"
+    stranger.write_bytes(pickle.dumps(print))
+    small = tmp_path / "small.nii"
+    nib.Nifti1Image(hu_at().transpose(2, 1, 0), np.eye(4)).to_filename(small)
+    out = tmp_path / "out"
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "a.txt").write_text("precious")
+    before = sorted(tmp_path.rglob("*"))
+    for words, sentence in [
+        (
+            (checkpoint, tmp_path / "gone.nii.gz", out.with_suffix(".nii")),
+            "gone.nii.gz: expected a NIfTI file, got none",
+        ),
+        ((checkpoint, tmp_path / "gone", out), "gone: expected a NIfTI file or a folder of DICOM files, got none at"),
+        ((checkpoint, empty, out), "empty: expected CT images with one slice per file, got no DICOM file"),
+        ((checkpoint, mixed, out), "mixed: expected one CT series, got 2 series; choose one with --series UID out of"),
+        ((checkpoint, mixed, out, "--series", "7"), "mixed: expected one CT series, got no series 7; choose"),
+        ((checkpoint, gap, out), "IM2.dcm: expected 2.5 mm to the slice before it (IM0.dcm), got 5"),
+        ((checkpoint, axial / "IM1.dcm", out), "IM1.dcm: expected a NIfTI file or a folder, got one DICOM file; give"),
+        ((other, axial, out), "other.pt: expected a denoiser's checkpoint"),
+        ((stranger, axial, out), "stranger.pt: expected a denoiser's checkpoint, got another file, which is not"),
+        ((checkpoint, source, out), "out: expected a name in .nii or .nii.gz, since a NIfTI file has no patient"),
+        ((checkpoint, source, out, "--template", axial), "axial: expected a template of"),
+        ((checkpoint, small, out, "--template", mixed / "b"), "b: expected a template on the grid of small.nii, got"),
+        ((checkpoint, axial, out, "--template", axial), "template: expected for NIfTI in and DICOM out alone; leave"),
+        ((checkpoint, source, out.with_suffix(".nii"), "--series", "7"), "volume-1.nii.gz: expected a folder of DICOM"),
+        ((checkpoint, axial, axial / "new"), "new: expected a folder apart from the input"),
+        ((checkpoint, axial, tmp_path / "used"), "used: expected a new or empty folder, got one that is not; add"),
+        ((checkpoint, axial, tmp_path / "used", "--overwrite"), "used: expected nothing but a series to overwrite"),
+        ((checkpoint, axial, out, "--device", "abacus"), "device: expected one that torch can use, got 'abacus'"),
+        ((checkpoint, axial, out, "--task", checkpoint), "denoiser.pt: expected a task network's checkpoint"),
+    ]:
+        options = ["--checkpoint", "--input", "--output"]
+        named = [w for pair in zip(options, words[:3], strict=True) for w in pair]
+        assert run(*named, *words[3:]) == 2, sentence
+        said = capsys.readouterr().err
+        lines = [line for line in said.splitlines() if "expected" in line]
+        assert len(lines) == 1 and lines[0].startswith(sentence), said
+        assert sorted(tmp_path.rglob("*")) == before

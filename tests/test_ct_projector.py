@@ -63,6 +63,17 @@ def test_projection_is_linear_and_treats_images_of_a_batch_alike():
     torch.testing.assert_close(beam.project(a)[1:], beam.project(a[1:]))
 
 
+def test_another_pixel_size_shares_the_matrices_and_leaves_the_first_as_it_was():
+    first, built = ParallelBeam((20, 31), n_views=9, pixel_mm=2.0), ParallelBeam((20, 31), n_views=9, pixel_mm=0.7)
+    other = first.with_pixel_mm(0.7)
+    image, sinogram = noise(1, 20, 31, dtype=torch.float32), noise(1, 9, built.n_bins, dtype=torch.float32)
+    assert torch.equal(other.project(image), built.project(image))
+    assert torch.equal(other.backproject(sinogram), built.backproject(sinogram))
+    assert torch.equal(other.fbp(sinogram), built.fbp(sinogram))
+    assert torch.equal(other.bin_mm, built.bin_mm) and first.pixel_mm == 2.0
+    assert other._interpolate.value.data_ptr() == first._interpolate.value.data_ptr()
+
+
 @pytest.mark.parametrize("n", [64, 65])
 def test_a_gaussian_projects_to_its_closed_form(n):
     beam = ParallelBeam(n, n_views=31, pixel_mm=4.0, dtype=DOUBLE)
@@ -236,6 +247,11 @@ def test_cuda_agrees_with_the_cpu():
             "ParallelBeam: dtype must be float32 or float64, got torch.float16; pass dtype=torch.float32",
         ),
         (
+            lambda beam: beam.with_pixel_mm(-1.0),
+            ValueError,
+            "with_pixel_mm: pixel_mm must be positive, got -1.0; pass the pixel's side in mm",
+        ),
+        (
             lambda beam: beam.project(torch.zeros(8, 8)),
             ValueError,
             "project: image must be (N, 8, 8), got (8, 8); "
@@ -259,7 +275,7 @@ def test_cuda_agrees_with_the_cpu():
             "fbp: kernel must be one of ramp, shepp-logan, cosine, hamming, hann, got 'soft'; pass kernel='hann'",
         ),
     ],
-    ids=["size", "views", "pixel", "dtype", "image", "sinogram", "mixed-dtype", "kernel"],
+    ids=["size", "views", "pixel", "dtype", "other-pixel", "image", "sinogram", "mixed-dtype", "kernel"],
 )
 def test_errors_say_what_to_do(make, error, message):
     with pytest.raises(error, match=f"^{re.escape(message)}$"):

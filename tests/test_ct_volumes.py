@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from examples.tod_net_ct.volumes import find_cases, read_label, read_scan, to_hu, to_unit, write_scan
+from examples.tod_net_ct.layouts import find_cases
+from examples.tod_net_ct.volumes import read_label, read_low_dose, read_scan, replacing, to_hu, to_unit, write_scan
 
 nib = pytest.importorskip("nibabel")
 
@@ -244,50 +245,60 @@ def test_bad_label(tmp_path, scan):
             read_label(save(tmp_path / "m.nii", voxels, affine), like=scan)
 
 
-def touch(folder, *names):
-    for name in names:
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).touch()
+def test_a_low_dose_scan_lies_where_its_partner_lies(tmp_path, scan):
+    low = read_low_dose(save(tmp_path / "low.nii", voxels_hu(seed=1)), like=scan)
+    assert low.volume_hu.shape == scan.volume_hu.shape
+    with pytest.raises(ValueError, match="^volume-12.nii: the low dose is 4x4x3 but the scan is 5x4x3"):
+        read_low_dose(save(tmp_path / "low.nii", voxels_hu()[..., :4]), like=scan)
+    away = save(tmp_path / "low.nii", voxels_hu(), affine_of(origin_mm=(0.0, 12.0, 900.0)))
+    with pytest.raises(ValueError, match="^low.nii: expected a low dose on the grid of volume-12.nii, got .* 30.0 mm"):
+        read_low_dose(away, like=scan)
 
 
-def test_cases_come_in_numerical_order(tmp_path):
-    lits, kits = tmp_path / "lits", tmp_path / "kits"
-    lits.mkdir()
-    kits.mkdir()
-    touch(lits, "volume-10.nii", "segmentation-10.nii.gz", "volume-9.nii.gz", "segmentation-9.nii", "readme.txt")
-    touch(kits, *(f"case_{n:05d}/{part}.nii.gz" for n in (10, 2) for part in ("imaging", "segmentation", "liver")))
-    assert [case.name for case in find_cases(lits)] == ["volume-9", "volume-10"]
-    assert [case.name for case in find_cases(kits)] == ["case_00002", "case_00010"]
-    scan, label = find_cases(kits)[0]
-    assert (scan.name, label.name) == ("imaging.nii.gz", "segmentation.nii.gz")
+def test_an_empty_mask_passes_only_where_it_may(tmp_path, scan):
+    empty = save(tmp_path / "m.nii", np.zeros((3, 4, 5), np.uint8))
+    assert not read_label(empty, like=scan, allow_empty=True).any()
 
 
-@pytest.mark.parametrize(
-    ("names", "words"),
-    [
-        (["volume-3.nii"], "^segmentation-3.nii: expected the partner of volume-3.nii, got no such file; add it"),
-        (["segmentation-3.nii.gz"], "^volume-3.nii.gz: expected the partner of segmentation-3.nii.gz"),
-        (["case_00003/imaging.nii.gz"], "^case_00003/segmentation.nii.gz: expected the partner of case_00003/imaging"),
-        (["case_00003/segmentation.nii.gz"], "^case_00003/imaging.nii.gz: expected the partner"),
-        (["volume-3.nii", "volume-03.nii.gz"], "expected one file per case, got volume-.* too; remove one"),
-        ([], "expected volume-N.nii or case_NNNNN/imaging.nii.gz, got neither"),
-    ],
-)
-def test_incomplete_folder(tmp_path, names, words):
-    touch(tmp_path, *names)
-    with pytest.raises(ValueError, match=words):
-        find_cases(tmp_path)
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "SRA", "PIL"])
+def test_grid_affine_tells_where_a_voxel_of_the_volume_lies(tmp_path, codes):
+    scan = read_scan(save(tmp_path / "in.nii", voxels_hu(), affine_of(codes)))
+    z, y, x = torch.nonzero(scan.volume_hu == scan.volume_hu.max())[0].tolist()
+    stored = np.asarray(nib.load(scan.path).dataobj)
+    (index,) = np.argwhere(stored == stored.max())[:1]
+    np.testing.assert_allclose(scan.grid_affine @ [z, y, x, 1], affine_of(codes) @ [*index, 1])
 
 
-def test_missing_folder(tmp_path):
-    with pytest.raises(ValueError, match="^nowhere: expected a folder of cases, got no such folder"):
-        find_cases(tmp_path / "nowhere")
+def test_a_folder_is_read_as_a_dicom_series(tmp_path, monkeypatch):
+    from examples.tod_net_ct import dicom
+
+    monkeypatch.setattr(dicom, "read_series", lambda folder: f"the series in {folder.name}")
+    (tmp_path / "series").mkdir()
+    assert read_scan(tmp_path / "series") == "the series in series"
+
+
+@pytest.mark.parametrize("kind", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 704 vs 598")])
+def test_a_full_disk_is_one_sentence_whatever_the_writer_made_of_it(tmp_path, kind):
+    def write(path):
+        path.write_bytes(b"half")
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError:
+            raise kind  # noqa: B904  (as torch.save does)
+
+    with (
+        pytest.raises(OSError, match="a.pt: expected room on the disk, got a full one; free some space") as caught,
+        replacing(tmp_path / "a.pt") as unfinished,
+    ):
+        write(unfinished)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif("TASKLOSS_CT_DATA" not in os.environ, reason="TASKLOSS_CT_DATA names no folder of real CT")
 @pytest.mark.parametrize("layout", ["lits", "kits"])
 def test_real_cases_come_back_bit_for_bit(tmp_path, layout):
-    ((scan_path, label_path),) = find_cases(Path(os.environ["TASKLOSS_CT_DATA"]) / layout)
+    (case,) = find_cases(Path(os.environ["TASKLOSS_CT_DATA"]) / layout)
+    scan_path, label_path = case.scan, case.label
     scan = read_scan(scan_path)
     label = read_label(label_path, like=scan)
     assert label.shape == scan.volume_hu.shape

@@ -1,4 +1,4 @@
-"""The command line: ``python -m examples.tod_net_ct run demo`` and ``denoise``."""
+"""The command line: every stage of the example, and ``run`` for all of them in order."""
 
 from __future__ import annotations
 
@@ -6,54 +6,139 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from . import denoise
-from .degrade import degrade
+from . import calibrate, degrade, denoise, study
 from .evaluate import evaluate
 from .prepare import prepare
 from .report import report
-from .settings import PRESETS, Settings
+from .settings import PRESETS, Settings, from_yaml
+from .stage import write_text
 from .train_denoiser import train_denoiser
 from .train_task import train_task
-
-
-def run_all(settings: Settings, run: Path) -> Path:
-    """Every stage in order; a stage that is done is skipped."""
-    prepare(settings, run)
-    degrade(settings, run)
-    train_task(settings, run)
-    for name in settings.denoisers:
-        train_denoiser(name, settings, run)
-    evaluate(settings, run)
-    return report(settings, run)
+from .training import machine
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run, and turn a caller's mistake into one sentence and exit code 2."""
-    parser = argparse.ArgumentParser(prog="python -m examples.tod_net_ct", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="all stages of a preset, on phantoms or on your scans")
-    run.add_argument("preset", choices=sorted(PRESETS))
-    run.add_argument("--output", type=Path, help="folder of the run (default: runs/<preset>)")
-    run.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a setting; repeatable")
-    denoise.add_arguments(commands.add_parser("denoise", help="restore one NIfTI volume"))
-    args = parser.parse_args(arguments)
+    args = parser().parse_args(arguments)
     try:
         if args.command == "denoise":
             return denoise.main(args)
-        for item in args.set:
-            if "=" not in item:
-                raise ValueError(f"--set {item}: expected FIELD=VALUE, for example --set steps=500")
-        settings = PRESETS[args.preset].with_overrides(dict(item.split("=", 1) for item in args.set))
-        folder = args.output or Path("runs") / args.preset
+        if args.command == "study":
+            return study.main(args)
         began = time.perf_counter()
-        page = run_all(settings, folder)
-        print((folder / "table.md").read_text())
-        print(f"{page} after {time.perf_counter() - began:.0f} s")
+        settings = settings_of(args)
+        result = COMMANDS[args.command](args, settings, args.output)
+        if result is not None:
+            print(f"{result} after {time.perf_counter() - began:.0f} s")
         return 0
     except (ValueError, FloatingPointError) as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{where}{error.strerror or error}; nothing half-written was left, mend it and go on", file=sys.stderr)
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every command and its options."""
+    top = argparse.ArgumentParser(prog="python -m examples.tod_net_ct", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
+    helps = {
+        "run": "all stages of a preset, on phantoms or on your scans",
+        "prepare": "stage 1: cases from phantoms or a folder of scans, split by patient",
+        "simulate": "stage 2: the low-dose counterpart of every case",
+        "train-task": "stage 3: segmentation networks, on normal dose",
+        "train-denoiser": "stage 4: denoisers",
+        "evaluate": "stage 5: every denoiser on every test case, in numbers",
+        "report": "stage 6: tables, figures and one page",
+        "calibrate-dose": "find the number of photons at which the U-Net falls as the paper's did",
+    }
+    for name, text in helps.items():
+        command = commands.add_parser(name, help=text)
+        add_settings(command)
+        if name == "simulate":
+            degrade.add_arguments(command)
+        if name == "calibrate-dose":
+            calibrate.add_arguments(command)
+        if name in ("train-task", "train-denoiser"):
+            command.add_argument("--only", nargs="+", metavar="NAME", help="these alone (default: all of the settings)")
+    denoise.add_arguments(commands.add_parser("denoise", help="restore one volume: NIfTI or DICOM in and out"))
+    study.add_arguments(commands.add_parser("study", help="the demo over several seeds: every denoiser, every network"))
+    return top
+
+
+def add_settings(command: argparse.ArgumentParser) -> None:
+    """What every stage takes: a preset, changes to it, and the folder of the run."""
+    command.add_argument("preset", choices=sorted(PRESETS))
+    command.add_argument("--output", type=Path, help="folder of the run (default: runs/<preset>)")
+    command.add_argument("--config", type=Path, metavar="FILE.yaml", help="settings that differ from the preset")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a setting; repeatable"
+    )
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The preset, then the file, then the command line; the outcome is written beside the run."""
+    settings = PRESETS[args.preset]
+    if args.config is not None:
+        settings = from_yaml(args.config, settings)
+    for item in args.set:
+        if "=" not in item:
+            raise ValueError(f"--set {item}: expected FIELD=VALUE, for example --set steps=500")
+    settings = settings.with_overrides(dict(item.split("=", 1) for item in args.set))
+    args.output = args.output or Path("runs") / args.preset
+    write_text(args.output / "settings.yaml", settings.to_yaml())
+    return settings
+
+
+def run_all(args: argparse.Namespace, settings: Settings, run: Path) -> Path:
+    """Every stage in order; a stage that is done is skipped. Several processes train together, the first does the
+    rest.
+    """
+    fabric = machine(settings)
+    if fabric.is_global_zero:
+        prepare(settings, run)
+        degrade.degrade(settings, run)
+    fabric.barrier()
+    train_tasks(args, settings, run, fabric)
+    train_denoisers(args, settings, run, fabric)
+    if fabric.is_global_zero:
+        evaluate(settings, run)
+        page = report(settings, run)
+        print((run / "table.md").read_text())
+    fabric.barrier()
+    return run / "report.html" if not fabric.is_global_zero else page
+
+
+def train_tasks(args: argparse.Namespace, settings: Settings, run: Path, fabric: Any = None) -> Path:
+    """The task networks, one after the other."""
+    for name in getattr(args, "only", None) or settings.task_networks:
+        train_task(name, settings, run, fabric)
+    return run / "task"
+
+
+def train_denoisers(args: argparse.Namespace, settings: Settings, run: Path, fabric: Any = None) -> Path:
+    """The denoisers, one after the other."""
+    for name in getattr(args, "only", None) or settings.denoisers:
+        train_denoiser(name, settings, run, fabric)
+    return run / "denoisers"
+
+
+COMMANDS = {
+    "run": run_all,
+    "prepare": lambda args, settings, run: prepare(settings, run),
+    "simulate": lambda args, settings, run: degrade.degrade(
+        settings, run, jobs=args.jobs, dask=args.dask, shard=args.shard
+    ),
+    "train-task": train_tasks,
+    "train-denoiser": train_denoisers,
+    "evaluate": lambda args, settings, run: evaluate(settings, run),
+    "report": lambda args, settings, run: report(settings, run),
+    "calibrate-dose": lambda args, settings, run: calibrate.calibrate(settings, run, drop=args.drop),
+}
 
 
 if __name__ == "__main__":

@@ -1,110 +1,28 @@
-"""Denoise a CT volume of any size: NIfTI in, NIfTI out, in overlapping tiles within a memory budget."""
+"""Denoise a CT scan of any size within a memory budget: NIfTI or DICOM in, NIfTI or DICOM out."""
 
 from __future__ import annotations
 
 import argparse
-import copy
-import itertools
-import math
+import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .networks import Denoiser, load_denoiser
-from .volumes import WINDOW_HU, check_nifti_name, read_scan, to_hu, to_unit, write_scan
+from .dicom import Series, read_series
+from .dicom_out import check_folder, write_series
+from .networks import load_denoiser
+from .tiles import STATISTICS, Report, denoise_volume, device_of
+from .volumes import Scan, _check_place, check_nifti_name, read_scan, write_scan
 
-Report = Callable[[float], object]
-_STATISTICS = ("whole", "tile")
-
-
-@torch.no_grad()
-def denoise_volume(
-    network: Denoiser,
-    volume_hu: Tensor,
-    window_hu: tuple[float, float] = WINDOW_HU,
-    tile: Sequence[int] | None = None,
-    device: str | torch.device = "cpu",
-    progress: Report | None = None,
-    *,
-    statistics: str = "whole",
-    memory_gib: float = 4.0,
-) -> Tensor:
-    """Denoise a volume of any size in tiles that overlap by the network's receptive radius.
-
-    **Outside the window.** The network saw every value clamped and cannot know what lies beyond (air, bone, metal).
-    So a voxel whose *input* HU lies more than half the window's width beyond `window_hu` (below -400 or above 400) is
-    returned unchanged, bit for bit. One that lies beyond by less may be soft tissue that noise carried out: it takes
-    the denoised value if that is back inside by more than a tenth of the width (40 HU), and else is returned
-    unchanged too. Without this, every outlier would stay as a speckle. A voxel inside the window stays inside: what
-    the network puts beyond is clamped, since nothing in training ever lay there.
-
-    **Tiles.** Each tile is read with a halo of `network.receptive_radius` voxels, so the tiled result equals the
-    untiled one to rounding. Instance norm also takes the mean and variance of all that it sees. With
-    `statistics="whole"` these are first measured over the whole volume, layer by layer, which keeps the equality and
-    costs the time of about 3.5 more passes; `"tile"` takes each tile's own, in one pass, and then neighbouring tiles
-    differ in contrast, with visible seams. A volume that fits in one tile needs neither.
-
-    Args:
-        network: left as found; a copy in eval mode does the work.
-        volume_hu: `(D, H, W)` in HU, finite.
-        window_hu: the window that the network was trained with.
-        tile: slices, rows and columns of a tile without its halo; None takes the largest that fits `memory_gib`.
-        device: where the tiles are computed.
-        progress: called with the share of the work that is done, in (0, 1], ending with 1.
-        statistics: `"whole"` or `"tile"`; matters for instance norm in more than one tile alone.
-        memory_gib: budget in GiB for the network's features when `tile` is None.
-
-    Returns:
-        `(D, H, W)` float32 in HU, on the CPU.
-
-    Raises:
-        ValueError: the volume is not 3-D and finite, an option is wrong, or the device lacks memory for a tile.
-
-    Reference:
-        TOD-Net, section 3.3 ("works directly on the original volume"); the rules on tiles and window are ours.
-    """
-    if volume_hu.ndim != 3 or volume_hu.numel() == 0:
-        raise ValueError(f"volume_hu: expected (D, H, W), got {tuple(volume_hu.shape)}; denoise one volume at a time")
-    if not bool(torch.isfinite(volume_hu).all()):
-        raise ValueError("volume_hu: expected finite HU, got NaN or infinity; replace these voxels, e.g. by -1024")
-    if statistics not in _STATISTICS:
-        raise ValueError(f"statistics: expected one of {_STATISTICS}, got {statistics!r}; 'whole' leaves no seams")
-    device = _device(device)
-    volume_hu = volume_hu.detach().to("cpu", torch.float32)
-    size = _checked_tile(tile) if tile is not None else _largest_tile(volume_hu.shape, network, memory_gib)
-    tiles = list(_tiles(tuple(volume_hu.shape), size, network.receptive_radius))
-    unit = to_unit(volume_hu, window_hu)
-    lower, upper = window_hu
-    band, back = (upper - lower) / 2, (upper - lower) / 10
-    far = (volume_hu < lower - band) | (volume_hu > upper + band)
-    result_hu = volume_hu.clone()
-    network = copy.deepcopy(network).to(device).eval()
-    report = progress if progress is not None else lambda share: None
-
-    done = 0.0
-    try:
-        if len(tiles) > 1 and statistics == "whole":
-            done = _fix_statistics(network, unit, tiles, device, report)
-        for n, part in enumerate(tiles, start=1):
-            if not bool(far[part.core].all()):  # a tile of air alone is returned as it came
-                restored = network(unit[part.read][None, None].to(device))[0, 0][part.core_in_read].cpu()
-                restored_hu = to_hu(restored.float().clamp_(0, 1), window_hu)
-                given_hu = volume_hu[part.core]
-                stays_below = (given_hu < lower) & (restored_hu <= lower + back)
-                stays_above = (given_hu > upper) & (restored_hu >= upper - back)
-                kept = far[part.core] | stays_below | stays_above
-                result_hu[part.core] = torch.where(kept, given_hu, restored_hu)
-            report(done + (1 - done) * n / len(tiles))
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"{device}: expected memory for tiles of {'x'.join(map(str, size))}, got too little; give a smaller --tile"
-        ) from error
-    return result_hu
+_MEMORY_GB = 8.0
+_PROGRAM_GB = 1.0  # Python, torch and the network, beside the volumes and the features
 
 
 def denoise_file(
@@ -112,181 +30,211 @@ def denoise_file(
     input: str | os.PathLike[str],  # noqa: A002  (the command line's own word)
     output: str | os.PathLike[str],
     *,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     tile: Sequence[int] | None = None,
     statistics: str = "whole",
-    memory_gib: float = 4.0,
+    memory_gb: float | None = None,
     overwrite: bool = False,
+    series: str | None = None,
+    template: str | os.PathLike[str] | None = None,
+    task: str | os.PathLike[str] | None = None,
     show_progress: bool = False,
-) -> Path:
-    """Denoise a NIfTI file into another of the same shape, affine, orientation and dtype.
+) -> list[Path]:
+    """Denoise a scan: a NIfTI file or a DICOM series, to either.
 
-    The HU window is the checkpoint's. Voxels outside it keep their stored value; the rest is rounded to the nearest
-    stored number for integer dtypes and clipped to the dtype's range. The output appears whole or not at all.
+    NIfTI keeps shape, affine, orientation and dtype; for DICOM see `dicom_out.write_series`. The HU window is the
+    checkpoint's. Voxels outside it keep their stored value; the rest is rounded to the nearest stored number. Each
+    output appears whole or not at all.
 
     Args:
         checkpoint: file from `save_checkpoint`.
-        input: CT in HU, `.nii` or `.nii.gz`.
-        output: `.nii` or `.nii.gz`, in a folder that exists.
-        device, tile, statistics, memory_gib: see `denoise_volume`.
+        input: CT in HU: `.nii`, `.nii.gz`, or a folder of DICOM slices.
+        output: `.nii`, `.nii.gz`, or any other name for a folder of DICOM slices.
+        device, tile, statistics: see `denoise_volume`.
+        memory_gb: GB that the whole program may take (8), on a GPU its memory (four fifths of what is free).
         overwrite: whether an existing output is replaced.
+        series: SeriesInstanceUID, where the input holds several.
+        template: for NIfTI in and DICOM out, the series on the same grid whose tags the output takes.
+        task: weights of a task network; its label map of the denoised scan goes to a NIfTI file beside the output.
         show_progress: whether a bar with the time left is drawn on stderr.
 
     Returns:
-        The path of the output.
+        The paths of the outputs: the scan, then the label map if any.
 
     Raises:
         ValueError: in one sentence, for whatever is wrong with the files or options; checked before the work begins.
     """
-    source, target = Path(input), check_nifti_name(output)
-    if target.resolve() == source.resolve() or (target.exists() and source.exists() and target.samefile(source)):
-        raise ValueError(f"{target.name}: expected another file than the input, got the input itself; rename --output")
-    if target.exists() and not overwrite:
-        raise ValueError(f"{target.name}: expected a new file, got one that exists; add --overwrite to replace it")
-    device = _device(device)
+    source, target = Path(os.path.abspath(input)), Path(os.path.abspath(output))
+    is_nifti = target.name.endswith((".nii", ".nii.gz"))
+    label_path = check_nifti_name(_label_name(target)) if task is not None else None
+    for path in filter(None, (target if is_nifti else None, label_path)):
+        _check_file(path, source, overwrite)
+    if not is_nifti:
+        check_folder(target, source, overwrite=overwrite)
+    device = device_of(device)
     network = load_denoiser(checkpoint)
-    scan = read_scan(source)
+    task_network = _load_task(task) if task is not None else None
+    scan = _read(source, series)
+    like = _like(scan, target, is_nifti, template, overwrite)
+    volumes_gb = (2 if like is scan else 3) * 4 * scan.volume_hu.numel() / 1e9  # the volume, the result, the template
+    budget_gib = _budget_gib(memory_gb, volumes_gb, device) if tile is None else 0.0
+    window_hu = network.facts["window_hu"]
     with _bar(source.name) if show_progress else _silence() as progress:
         result_hu = denoise_volume(
-            network,
-            scan.volume_hu,
-            network.facts["window_hu"],
-            tile,
-            device,
-            progress,
-            statistics=statistics,
-            memory_gib=memory_gib,
+            network, scan.volume_hu, window_hu, tile, device, progress, statistics=statistics, memory_gib=budget_gib
         )
-    return write_scan(target, result_hu, like=scan)
+    if isinstance(like, Series) and not is_nifti:
+        digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()[:16]
+        method = f"Denoised with taskloss tod_net_ct, weights {digest}, HU window {window_hu[0]:g} to {window_hu[1]:g}"
+        write_series(target, result_hu, like, method=method, overwrite=overwrite)
+    else:
+        write_scan(target, result_hu, like)
+    if task_network is None or label_path is None:
+        return [target]
+    return [target, _write_label(label_path, result_hu, scan, task_network, device)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the subcommand `denoise`."""
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="trained denoiser")
-    parser.add_argument("--input", required=True, metavar="NIFTI", help="CT volume in HU (.nii, .nii.gz)")
-    parser.add_argument("--output", required=True, metavar="NIFTI", help="where the denoised volume goes")
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps ...")
+    parser.add_argument("--input", required=True, metavar="SCAN", help="CT in HU: .nii, .nii.gz or a DICOM folder")
+    parser.add_argument(
+        "--output", required=True, metavar="SCAN", help=".nii, .nii.gz, or another name for a new DICOM folder"
+    )
+    parser.add_argument("--series", metavar="UID", help="SeriesInstanceUID, where the folder holds several CT series")
+    parser.add_argument(
+        "--template", metavar="FOLDER", help="NIfTI to DICOM: the series on the same grid whose tags the output takes"
+    )
+    parser.add_argument(
+        "--task", metavar="WEIGHTS", help="also write this task network's label map (NIfTI) beside the output"
+    )
+    parser.add_argument("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1 ...")
+    parser.add_argument(
+        "--memory-gb",
+        type=float,
+        metavar="GB",
+        help="memory that the whole program may take (default: 8), on a GPU its memory (default: most of what is free)",
+    )
     parser.add_argument(
         "--tile",
         type=int,
         nargs=3,
         metavar=("SLICES", "ROWS", "COLUMNS"),
-        help="tile size in voxels (default: the largest that fits --memory-gib)",
+        help="tile size in voxels (default: the best that fits --memory-gb)",
     )
-    parser.add_argument("--memory-gib", type=float, default=4.0, metavar="GIB", help="memory for one tile (default: 4)")
     parser.add_argument(
         "--statistics",
-        choices=_STATISTICS,
+        choices=STATISTICS,
         default="whole",
-        help="instance norm in tiles: of the whole volume (default, no seams) or of each tile (faster)",
+        help="instance norm in tiles: of the whole volume (default, no seams) or of each tile (4 times faster)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the subcommand `denoise`; a wrong file or option raises a one-sentence ValueError."""
-    path = denoise_file(
-        args.checkpoint,
-        args.input,
-        args.output,
-        device=args.device,
-        tile=args.tile,
-        statistics=args.statistics,
-        memory_gib=args.memory_gib,
-        overwrite=args.overwrite,
-        show_progress=True,
-    )
-    print(f"wrote {path}")
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+        paths = denoise_file(
+            args.checkpoint,
+            args.input,
+            args.output,
+            device=args.device,
+            tile=args.tile,
+            statistics=args.statistics,
+            memory_gb=args.memory_gb,
+            overwrite=args.overwrite,
+            series=args.series,
+            template=args.template,
+            task=args.task,
+            show_progress=True,
+        )
+    for path in paths:
+        print(f"wrote {path}")
     return 0
 
 
-class _Tile(NamedTuple):
-    read: tuple[slice, ...]  # of the volume, halo included
-    core: tuple[slice, ...]  # of the volume, without it
-    core_in_read: tuple[slice, ...]
+def _check_file(target: Path, source: Path, overwrite: bool) -> None:
+    """Refuse to lose a file before the work begins."""
+    check_nifti_name(target)
+    if target.resolve() == source.resolve() or (target.exists() and source.exists() and target.samefile(source)):
+        raise ValueError(f"{target.name}: expected another file than the input, got the input itself; rename --output")
+    if target.exists() and not overwrite:
+        raise ValueError(f"{target.name}: expected a new file, got one that exists; add --overwrite to replace it")
 
 
-def _tiles(shape: Sequence[int], size: Sequence[int], halo: int) -> Iterator[_Tile]:
-    """Cut a volume into cores that cover each voxel once, with their halos cut off at the volume's faces."""
-    sides = []
-    for length, step in zip(shape, size, strict=True):
-        side = []
-        for start in range(0, length, step):
-            stop = min(start + step, length)
-            first = max(start - halo, 0)
-            read = slice(first, min(stop + halo, length))
-            side.append((read, slice(start, stop), slice(start - first, stop - first)))
-        sides.append(side)
-    for parts in itertools.product(*sides):
-        yield _Tile(*(tuple(kind) for kind in zip(*parts, strict=True)))
+def _read(source: Path, series: str | None) -> Scan:
+    if source.is_dir():
+        return read_series(source, series)
+    if series is not None:
+        raise ValueError(f"{source.name}: expected a folder of DICOM files for --series, got none; leave --series out")
+    if not source.exists() and not source.name.endswith((".nii", ".nii.gz")):
+        raise ValueError(
+            f"{source.name}: expected a NIfTI file or a folder of DICOM files, got none at {source}; check the path"
+        )
+    if source.is_file():
+        with source.open("rb") as file:
+            if file.read(132)[128:] == b"DICM":
+                raise ValueError(
+                    f"{source.name}: expected a NIfTI file or a folder, got one DICOM file; give the series' folder"
+                )
+    return read_scan(source)
 
 
-def _largest_tile(shape: Sequence[int], network: Denoiser, memory_gib: float) -> tuple[int, ...]:
-    """Halve the longest side until a tile and its halo fit the budget."""
-    size = list(shape)
-    voxels = memory_gib * 2**30 / network.bytes_per_voxel
-    while math.prod(min(s + 2 * network.receptive_radius, n) for s, n in zip(size, shape, strict=True)) > voxels:
-        longest = size.index(max(size))
-        if size[longest] <= network.receptive_radius:  # smaller tiles would compute halo and nothing else
-            raise ValueError(f"memory_gib: expected room for a tile, got {memory_gib:g} GiB; give more, or --tile")
-        size[longest] = -(-size[longest] // 2)
-    return tuple(size)
+def _like(scan: Scan, target: Path, is_nifti: bool, template: str | os.PathLike[str] | None, overwrite: bool) -> Scan:
+    """The scan whose geometry and tags the output takes."""
+    if is_nifti or isinstance(scan, Series):
+        if template is not None:
+            raise ValueError("template: expected for NIfTI in and DICOM out alone; leave --template out")
+        return scan
+    if template is None:
+        raise ValueError(
+            f"{target.name}: expected a name in .nii or .nii.gz, since a NIfTI file has no patient or study to write "
+            "as DICOM; or give the DICOM folder that it came from as --template"
+        )
+    like = read_series(template)
+    check_folder(target, like.path, overwrite=overwrite)
+    if like.volume_hu.shape != scan.volume_hu.shape:
+        raise ValueError(
+            f"{like.path.name}: expected a template of {tuple(scan.volume_hu.shape)} slices, rows and columns, got "
+            f"{tuple(like.volume_hu.shape)}; give the series that {scan.path.name} was made from"
+        )
+    _check_place(like.path, "a template", like.affine, like.axes, like.flipped, scan)
+    return like
 
 
-def _checked_tile(tile: Sequence[int]) -> tuple[int, ...]:
-    if len(tile) != 3 or any(n < 1 for n in tile):
-        raise ValueError(f"tile: expected slices, rows and columns of at least 1, got {tuple(tile)}; e.g. 32 128 128")
-    return tuple(int(n) for n in tile)
+def _load_task(path: str | os.PathLike[str]) -> nn.Module:
+    from .task_networks import load_network
+
+    return load_network(path)
 
 
-class _EnoughError(Exception):
-    """Ends a forward pass at the layer that is being measured; what follows would be thrown away."""
+def _label_name(target: Path) -> Path:
+    stem = target.name.removesuffix(".gz").removesuffix(".nii")
+    return target.with_name(f"{stem}-label.nii.gz")
 
 
-def _fix_statistics(network: Denoiser, unit: Tensor, tiles: list[_Tile], device: torch.device, report: Report) -> float:
-    """Give each instance norm of `network` the statistics of the whole volume, first layer to last.
+def _write_label(path: Path, volume_hu: Tensor, scan: Scan, network: nn.Module, device: torch.device) -> Path:
+    """Segment a denoised scan on the task network's voxel size; write the label map on the scan's grid."""
+    from .segment import segment
 
-    A layer's statistics need those of all earlier layers, hence one partial pass per layer. Returns the share of the
-    whole work, the final pass included, that this took.
-    """
-    norms = [norm for norm in network.norms if isinstance(norm, nn.InstanceNorm3d)]
-    if not norms:
-        return 0.0
-    weights = [conv.weight.numel() for conv in (*network.widen, *network.narrow)]
-    costs = list(itertools.accumulate(weights))  # of a pass that ends after each convolution
-    total, done = sum(costs), 0.0
-    for norm, cost in zip(norms, costs[:-1], strict=True):
-        count, mean, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-        seen: list[Tensor] = []
-
-        def stop(_module: nn.Module, args: tuple[Tensor, ...], seen: list[Tensor] = seen) -> None:
-            seen.append(args[0])
-            raise _EnoughError
-
-        with norm.register_forward_pre_hook(stop):
-            for part in tiles:
-                with suppress(_EnoughError):
-                    network(unit[part.read][None, None].to(device))
-                core = seen.pop()[(0, slice(None), *part.core_in_read)].flatten(1)  # (channels, voxels)
-                var, tile_mean = (v.cpu().double() for v in torch.var_mean(core, 1, correction=0))
-                n = core.shape[1]
-                step = tile_mean - mean  # Chan, Golub and LeVeque's update: no large sums to cancel
-                mean = mean + step * (n / (count + n))
-                squares = squares + var * n + step.square() * (count * n / (count + n))
-                count += n
-                done += cost / total / len(tiles)
-                report(done)
-        norm.running_mean, norm.running_var = mean.float().to(device), (squares / count).float().to(device)
-        norm.track_running_stats = True  # in eval mode: use these instead of the input's own
-    return done
+    label = segment(network.to(device), volume_hu, scan.voxel_mm, network.facts.get("voxel_mm"), device=device)
+    header = scan.header.copy()
+    header.set_data_dtype("uint8")
+    header.set_slope_inter(1.0, 0.0)
+    header["cal_min"], header["cal_max"] = 0, 0  # the display window of an image
+    return write_scan(path, label.float(), replace(scan, header=header))
 
 
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        torch.empty(0, device=device)
-        return torch.device(device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # what torch raises differs by its build
-        raise ValueError(f"device: expected one that torch can use, got {str(device)!r}; use --device cpu") from error
+def _budget_gib(memory_gb: float | None, volumes_gb: float, device: torch.device) -> float:
+    """What one tile's features may take."""
+    if device.type == "cuda":
+        return 0.8 * torch.cuda.mem_get_info(device)[0] / 2**30 if memory_gb is None else memory_gb * 1e9 / 2**30
+    memory_gb = _MEMORY_GB if memory_gb is None else memory_gb
+    held_gb = _PROGRAM_GB + volumes_gb
+    if memory_gb <= held_gb:
+        raise ValueError(f"memory_gb: expected more than {held_gb:.1f} GB, got {memory_gb:g}; give more --memory-gb")
+    return (memory_gb - held_gb) * 1e9 / 2**30
 
 
 @contextmanager
@@ -295,7 +243,8 @@ def _bar(title: str) -> Iterator[Report]:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    # A tile may take minutes: the time left is told from the last hour's, not from rich's half minute.
+    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=3600) as bar:
         task = bar.add_task(title, total=1.0)
         yield lambda share: bar.update(task, completed=share)
 

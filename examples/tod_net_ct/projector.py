@@ -8,6 +8,7 @@ one real sparse matrix, and its transpose for the adjoint.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -165,6 +166,14 @@ class ParallelBeam(nn.Module):
 
     def extra_repr(self) -> str:
         return f"size={self.shape}, n_views={self.n_views}, n_bins={self.n_bins}, pixel_mm={self.pixel_mm}"
+
+    def with_pixel_mm(self, pixel_mm: float) -> ParallelBeam:
+        """The same projector for pixels of another side; the matrices are shared, and move to a device together."""
+        if not 0 < pixel_mm < math.inf:
+            raise ValueError(f"with_pixel_mm: pixel_mm must be positive, got {pixel_mm}; pass the pixel's side in mm")
+        other = copy.copy(self)
+        other.pixel_mm = float(pixel_mm)
+        return other
 
     @property
     def bin_mm(self) -> Tensor:

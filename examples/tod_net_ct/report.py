@@ -1,184 +1,165 @@
-"""Stage 6: the table, Fig. 2, a case side by side, and one page that holds them."""
+"""Stage 6: tables, figures, and one page that holds them all and needs no network."""
 
 from __future__ import annotations
 
 import base64
-import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from taskloss import gradient_maps, plot_gradient_maps
-
-from .data import Cases
-from .denoise import denoise_volume
-from .evaluate import figure_loss, segment
-from .networks import load_denoiser
+from . import paper, plots
+from .answers import answers, family_note, focus_sentences, number, sentence
+from .evaluate import REFERENCE, Row, guide_of, read_rows, values_of
 from .settings import Settings
 from .stage import write_text
-from .train_task import load_task
-from .volumes import WINDOW_HU, replacing, to_unit
+from .tables import heading, label, markdown, tables, title, write_tables
+from .viewer import viewer_data
+from .volumes import replacing
 
-TITLES = {
-    "normal_dose": "Normal dose",
-    "low_dose": "No denoiser",
-    "mse_wgan": "MSE-WGAN",
-    "tod_net": "TOD-Net",
-    "mse": "MSE",
-    "l1": "L1",
-    "perceptual": "perceptual",
-    "task": "task",
-    "adv": "adversarial",
+PERCEPTUAL = {
+    "efficientnet": "EfficientNet-Lite0 with the ImageNet weights that a package ships, in place of the paper's VGG-19",
+    "vgg19": "torchvision's VGG-19 with its ImageNet weights, as in the paper",
 }
-HEADINGS = {
-    "roi_ssim": "ROI SSIM (%)",
-    "roi_rmse_hu": "ROI RMSE (HU)",
-    "roi_psnr_db": "ROI PSNR (dB)",
-    "whole_ssim": "SSIM (%)",
-    "whole_rmse_hu": "RMSE (HU)",
-    "whole_psnr_db": "PSNR (dB)",
-    "unet_dice": "U-Net Dice (%)",
-}
+MAX_COLUMNS = 6  # images side by side in Fig. 3; the viewer has all
+VIEWED_CASES = 3
 
 
 def report(settings: Settings, run: Path) -> Path:
-    """Write ``table.md``, ``fig2.png``, ``side_by_side.png`` and ``report.html``; return the page."""
+    """Write ``tables/``, ``figures/``, ``table.md`` (the tables and their reading) and ``report.html``; return it.
+
+    Raises:
+        ValueError: the run has not been evaluated.
+    """
+    if not (run / "evaluation" / "manifest.json").exists():
+        raise ValueError(f"{run / 'evaluation'}: expected a finished evaluation, got none; run evaluate first")
     summary = json.loads((run / "evaluation" / "summary.json").read_text())
-    rows = quality_rows(summary)
-    write_text(run / "table.md", markdown(rows, summary))
-    case = _typical_case(run)
-    _save(figure_2(settings, run, case), run / "fig2.png")
-    _save(side_by_side(settings, run, case), run / "side_by_side.png")
-    write_text(run / "report.html", page(settings, run, summary, rows))
+    rows = read_rows(run)
+    found = tables(summary, settings.task_networks)
+    write_tables(found, run / "tables")
+    lines = [
+        f"{subject}: {title(REFERENCE)} {line[0].lower()}{line[1:]}"
+        for subject, read in answers(summary, settings.guides, settings.task_networks).items()
+        for line in read
+    ]
+    reading = "\n".join(f"- {line}" for line in [*lines, *focus_sentences(summary), family_note(summary)])
+    write_text(run / "table.md", "\n".join(markdown(table) for table in found) + f"\n{reading}\n")
+    write_text(
+        run / "tables" / "comparisons.md", "\n".join(f"- {sentence(gap)}" for gap in summary["comparisons"]) + "\n"
+    )
+    shown = [plots.pictures(settings, run, index) for index in _viewed_cases(rows, settings)]
+    figures = _draw(settings, run, rows, shown)
+    write_text(run / "report.html", _page(settings, run, summary, found, figures, shown))
     return run / "report.html"
 
 
-def quality_rows(summary: dict[str, Any]) -> list[list[str]]:
-    """The table: one row per image, Tables 1 and 2 of the paper side by side."""
-    rows = [["", *HEADINGS.values()]]
-    for name, numbers in summary["means"].items():
-        rows.append([TITLES[name], *(f"{numbers[k]:.1f}" if k in numbers else "" for k in HEADINGS)])
-    return rows
+def _draw(settings: Settings, run: Path, rows: Sequence[Row], shown: Sequence[plots.Pictures]) -> list[str]:
+    """Save the figures that this run has; return their names."""
+    guide = guide_of(settings)
+    typical = list(dict.fromkeys(row["case"] for row in rows)).index(shown[0].case)
+    logs = {name: plots.read_log(run / "denoisers" / name / "log.csv") for name in settings.denoisers}
+    task_logs = {name: plots.read_log(run / "task" / name / "log.csv") for name in settings.task_networks}
+    has_dice = any(np.isfinite(values_of(rows, "low", "none", f"{guide}_dice")))
+    figures = {
+        "fig2": plots.gradient_figure(settings, run, typical),
+        "fig3": plots.case_figure(shown[0], guide, _columns(settings)),
+        "dice": plots.dice_figure(rows, settings.task_networks, settings.denoisers) if has_dice else None,
+        "learning": plots.learning_figure({name: log for name, log in logs.items() if log}),
+        "task_learning": plots.task_figure({name: log for name, log in task_logs.items() if log}),
+    }
+    folder = run / "figures"
+    folder.mkdir(exist_ok=True)
+    for name, figure in figures.items():
+        path = folder / f"{name}.png"
+        if figure is None:
+            path.unlink(missing_ok=True)
+            continue
+        with replacing(path) as unfinished:
+            figure.savefig(unfinished, format="png")
+    return [name for name, figure in figures.items() if figure is not None]
 
 
-def markdown(rows: list[list[str]], summary: dict[str, Any]) -> str:
-    """The table and the two answers below it, as Markdown."""
-    head, *body = ("| " + " | ".join(row) + " |" for row in rows)
-    rule = "|---" * len(rows[0]) + "|"
-    return "\n".join([head, rule, *body, "", *sentences(summary)]) + "\n"
+def _columns(settings: Settings) -> list[str]:
+    """The images of Fig. 3: both doses, then the paper's denoisers first where not all of them fit."""
+    published = [name for name in paper.SETTINGS["denoisers"] if name in settings.denoisers]
+    others = [name for name in settings.denoisers if name not in published]
+    kept = [*reversed(published), *others][: MAX_COLUMNS - 2]  # TOD-Net is never the one that is dropped
+    return ["normal_dose", "low_dose", *(name for name in settings.denoisers if name in kept)]
 
 
-def sentences(summary: dict[str, Any]) -> list[str]:
-    """What the numbers say, whichever way they fall."""
-    lines = []
-    for key, gap in summary["paired"].items():
-        if key in ("unet_dice", "roi_rmse_hu", "whole_rmse_hu"):
-            lines.append(
-                f"{HEADINGS[key]}: TOD-Net minus MSE-WGAN {gap['mean']:+.2f} "
-                f"(95 % interval {gap['low']:+.2f} to {gap['high']:+.2f}, n = {gap['n']}, "
-                f"paired t p = {gap['t_p']:.2g}, Wilcoxon p = {gap['wilcoxon_p']:.2g})."
-            )
-    for name, found in summary["focus"].items():
-        line = f"Gradient energy inside the organ, {TITLES[name]} loss: {found['share']:.1%}, "
-        line += f"{found['ratio']:.1f} times its share of the volume"
-        if name != "task":
-            gap, low, high = (100 * found[key] for key in ("task_minus_this", "low", "high"))
-            line += f"; the task loss has {gap:+.1f} points more ({low:+.1f} to {high:+.1f})"
-        lines.append(line + ".")
-    return lines
+def _viewed_cases(rows: Sequence[Row], settings: Settings) -> list[int]:
+    """The test cases that are shown: the one in the middle by low-dose Dice first, then the hardest and the easiest.
+
+    Without masks the RMSE tells them apart. The middle one is neither the best nor the worst story.
+    """
+    scores = np.asarray(values_of(rows, "low", "none", f"{guide_of(settings)}_dice"))
+    if not np.isfinite(scores).any():
+        scores = -np.asarray(values_of(rows, "low", "none", "whole_rmse_hu"))
+    order = np.argsort(scores, kind="stable")[: int(np.isfinite(scores).sum())]  # NaN come last
+    picked = [order[len(order) // 2], order[0], order[-1]]
+    return [int(i) for i in dict.fromkeys(picked)][:VIEWED_CASES]
 
 
-def figure_2(settings: Settings, run: Path, case: int) -> Any:
-    """The paper's Fig. 2 on the half-trained TOD-Net's output for one test case."""
-    low, normal, mask = Cases(run, "test")[case]
-    half = load_denoiser(run / "denoisers" / settings.denoisers[-1] / "half.pt")
-    with torch.no_grad():
-        x_hat = half(low[None])
-    loss = figure_loss(load_task(settings, run))
-    maps = gradient_maps(loss, x_hat, reference=normal[None], label=mask[None])
-    prediction = loss.terms["task"].predict(x_hat)
-    return plot_gradient_maps(maps, prediction=prediction, roi=mask[None], window=(0, 1), titles=TITLES)
+def _page(
+    settings: Settings,
+    run: Path,
+    summary: dict[str, Any],
+    found: Sequence[Any],
+    figures: Sequence[str],
+    shown: Sequence[plots.Pictures],
+) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
 
-
-def side_by_side(settings: Settings, run: Path, case: int) -> Any:
-    """One test slice: each image, its difference to normal dose, and the U-Net's hits and errors."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    normal_hu, low_hu, mask = Cases(run, "test").in_hu(case)
-    unet = load_task(settings, run)
-    images = {"normal_dose": normal_hu, "low_dose": low_hu}
-    for name in settings.denoisers:
-        network = load_denoiser(run / "denoisers" / name / "best.pt")
-        images[name] = denoise_volume(network, low_hu, WINDOW_HU)
-    cut = int(mask.sum((1, 2)).argmax())
-    figure = Figure(figsize=(3.1 * len(images), 9.4), layout="constrained", dpi=120)
-    grid = figure.subplots(3, len(images), squeeze=False)
-    lower, upper = WINDOW_HU
-    for column, (name, image) in zip(grid.T, images.items(), strict=True):
-        for panel in column:
-            panel.set_axis_off()
-        grey = to_unit(image[cut]).numpy()
-        column[0].imshow(grey, cmap="gray", vmin=0, vmax=1)
-        column[0].set_title(TITLES[name])
-        difference = image.clamp(lower, upper)[cut] - normal_hu.clamp(lower, upper)[cut]
-        drawn = column[1].imshow(difference.numpy(), cmap="RdBu_r", vmin=-150, vmax=150)
-        column[1].set_title("difference to normal dose (HU)", fontsize=9)
-        column[2].imshow(_overlay(grey, segment(unet, image)[cut].numpy() > 0, mask[cut].numpy() > 0))
-        column[2].set_title("U-Net's segmentation", fontsize=9)
-    figure.colorbar(drawn, ax=list(grid[1]), shrink=0.8, pad=0.01)
-    colours = (("true positive", "red"), ("false negative", "blue"), ("false positive", "lime"))
-    figure.legend(handles=[Patch(color=c, label=n) for n, c in colours], loc="outside lower center", ncols=3)
-    return figure
-
-
-def page(settings: Settings, run: Path, summary: dict[str, Any], rows: list[list[str]]) -> str:
-    """One HTML file with its figures inside; it needs no network."""
-    from jinja2 import Environment, FileSystemLoader, select_autoescape
-
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape())
-    figures = {name: base64.b64encode((run / f"{name}.png").read_bytes()).decode() for name in ("fig2", "side_by_side")}
+    here = Path(__file__).parent
+    environment = Environment(loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined)
+    environment.filters |= {"title": title, "heading": heading, "label": label, "p": number}
+    manifest = json.loads((run / "evaluation" / "manifest.json").read_text())
     return environment.get_template("report.html.jinja").render(
         settings=settings,
-        rows=rows,
-        sentences=sentences(summary),
-        figures=figures,
-        balance=[balance_rows(run, name) for name in settings.denoisers],
-        titles=TITLES,
-        denoisers=settings.denoisers,
+        summary=summary,
+        counts={split: len(list((run / "cases").glob(f"{split}-*.pt"))) for split in ("train", "validation", "test")},
+        reference=REFERENCE,
+        guide=guide_of(settings),
+        answers=answers(summary, settings.guides, settings.task_networks),
+        focus=focus_sentences(summary),
+        family_note=family_note(summary),
+        tables=found,
+        figures={name: base64.b64encode((run / "figures" / f"{name}.png").read_bytes()).decode() for name in figures},
+        columns=_columns(settings),
+        case=shown[0].case,
+        viewer=viewer_data(shown, settings.task_networks[:7]),
+        balance={name: rows for name in settings.denoisers if (rows := balance_rows(run, name))},
+        departures=paper.departures(settings),
+        paper_tables=paper.paper_tables(settings.organ),
+        paper_source=paper.SOURCE,
+        perceptual=PERCEPTUAL.get(settings.perceptual_network, settings.perceptual_network),
+        warnings=warnings_of(run),
+        packages=manifest["packages"],
+        css=Markup((here / "report.css").read_text()),
+        script=Markup((here / "viewer.js").read_text()),
     )
 
 
 def balance_rows(run: Path, name: str) -> list[list[str]]:
-    """Gradient norms at x_hat and effective weights through one training, from its log."""
-    with (run / "denoisers" / name / "log.csv").open() as file:
-        log = [row for row in csv.DictReader(file) if row.get("norm/mse")]
-    terms = [key.removeprefix("norm/") for key in log[0] if key.startswith("norm/")]
-    head = ["step", *(f"norm, {TITLES[t]}" for t in terms), *(f"weight, {TITLES[t]}" for t in terms)]
-    body = [
-        [row["step"], *(f"{float(row[f'{kind}/{t}']):.2g}" for kind in ("norm", "weight") for t in terms)]
-        for row in log
+    """Gradient norms at x_hat and effective weights through one training, from its log; empty without a log."""
+    log = [
+        row for row in plots.read_log(run / "denoisers" / name / "log.csv") if any(k.startswith("norm/") for k in row)
     ]
-    return [head, *body]
+    if not log:
+        return []
+    keys = [key for kind in ("norm/", "weight/") for key in log[0] if key.startswith(kind)]
+    head = ["step", *(f"{kind}, {title(term)}" for kind, term in (key.split("/") for key in keys))]
+    return [head, *([f"{row['step']:.0f}", *(f"{row[key]:.2g}" if key in row else "" for key in keys)] for row in log)]
 
 
-def _typical_case(run: Path) -> int:
-    """The test case whose low-dose Dice is the median: neither the best nor the worst story."""
-    with (run / "evaluation" / "cases.csv").open() as file:
-        scores = [float(row["unet_dice"]) for row in csv.DictReader(file) if row["image"] == "low_dose"]
-    return int(np.argsort(scores, kind="stable")[len(scores) // 2])
-
-
-def _overlay(grey: np.ndarray, found: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    image = np.repeat(grey[..., None], 3, axis=-1)
-    for where, colour in ((found & truth, (1, 0, 0)), (~found & truth, (0, 0, 1)), (found & ~truth, (0, 1, 0))):
-        image[where] = 0.5 * image[where] + 0.5 * np.asarray(colour)
-    return image
-
-
-def _save(figure: Any, path: Path) -> None:
-    with replacing(path) as unfinished:
-        figure.savefig(unfinished, format="png")
+def warnings_of(run: Path) -> list[str]:
+    """What the stages warned of in their manifests, each once: patients in several splits, for example."""
+    lines = []
+    for path in sorted(run.glob("**/manifest.json")):
+        results = json.loads(path.read_text()).get("results", {})
+        if results.get("warning"):
+            lines.append(str(results["warning"]))
+    return list(dict.fromkeys(lines))

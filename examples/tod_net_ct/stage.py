@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import torch
 from .volumes import replacing
 
 Item = TypeVar("Item")
+PACKAGES = ("taskloss", "torch", "monai", "lightning-fabric", "numpy", "scikit-image", "scipy", "nibabel", "pydicom")
 
 
 def is_done(folder: Path, facts: Mapping[str, Any]) -> bool:
@@ -27,18 +29,28 @@ def is_done(folder: Path, facts: Mapping[str, Any]) -> bool:
     return manifest.get("facts") == _plain(facts)
 
 
-def begin(folder: Path) -> None:
-    """Empty a stage's folder before its work: an old manifest must not vouch for new files, nor old files stay."""
+def begin(folder: Path, facts: Mapping[str, Any]) -> bool:
+    """Make a stage's folder ready for its work; True where the same work was begun before and may be taken up.
+
+    Otherwise the folder is emptied: an old manifest must not vouch for new files, nor old files stay.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").unlink(missing_ok=True)  # first: killed from here on, the stage counts as not done
+    begun = folder / "begun.json"
+    with contextlib.suppress(OSError, json.JSONDecodeError):
+        if json.loads(begun.read_text()) == _plain(facts):
+            return True
+    begun.unlink(missing_ok=True)
     for path in folder.glob("*.pt"):
         path.unlink()
+    write_text(begun, json.dumps(_plain(facts)))
+    return False
 
 
 def finish(folder: Path, facts: Mapping[str, Any], **results: Any) -> None:
     """Write the folder's manifest: what it was made from, with which versions, and what came out."""
     packages = {}
-    for name in ("taskloss", "torch", "monai", "numpy", "scikit-image", "scipy"):
+    for name in PACKAGES:
         try:
             packages[name] = version(name)
         except PackageNotFoundError:
@@ -49,6 +61,7 @@ def finish(folder: Path, facts: Mapping[str, Any], **results: Any) -> None:
         "packages": {"python": platform.python_version(), **packages},
     }
     write_text(folder / "manifest.json", json.dumps(_plain(manifest), indent=2))
+    (folder / "begun.json").unlink(missing_ok=True)
 
 
 def results_of(folder: Path) -> dict[str, Any]:

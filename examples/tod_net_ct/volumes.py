@@ -6,17 +6,17 @@ LPS), so that `imshow(volume_hu[z])` shows a slice as a radiologist sees it. nib
 
 from __future__ import annotations
 
+import errno
 import gzip
 import math
 import os
-import re
 import uuid
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,17 +48,11 @@ class Scan:
     axes: tuple[int, int, int]
     flipped: tuple[bool, bool, bool]
 
-
-class Case(NamedTuple):
-    """A scan and the label that belongs to it."""
-
-    scan: Path
-    label: Path
-
     @property
-    def name(self) -> str:
-        """`volume-12` in LiTS's layout, `case_00012` in KiTS's."""
-        return self.scan.parent.name if self.scan.name.startswith("imaging") else self.scan.name.split(".")[0]
+    def grid_affine(self) -> np.ndarray:
+        """`(4, 4)`: from (slice, row, column) of `volume_hu` to the scanner's position in mm."""
+        per_unit = np.diag([_mm_per_unit(self.header)] * 3 + [1.0])
+        return per_unit @ _grid_affine(self.affine, self.axes, self.flipped, tuple(self.volume_hu.shape))
 
 
 def to_unit(volume_hu: Tensor, window_hu: tuple[float, float] = WINDOW_HU) -> Tensor:
@@ -82,7 +76,8 @@ def to_hu(unit: Tensor, window_hu: tuple[float, float] = WINDOW_HU) -> Tensor:
 
 
 def read_scan(path: str | os.PathLike[str]) -> Scan:
-    """Read a CT volume from NIfTI (`.nii`, `.nii.gz`; either byte order, NIfTI-1 or -2) in any orientation.
+    """Read a CT volume from NIfTI (`.nii`, `.nii.gz`; either byte order, NIfTI-1 or -2) in any orientation, or a DICOM
+    series from the folder that holds it.
 
     An oblique volume keeps its grid: axes are permuted and flipped to the nearest working direction, never resampled.
     float64 files are read as float32.
@@ -92,21 +87,41 @@ def read_scan(path: str | os.PathLike[str]) -> Scan:
             has a singular affine or voxels that are not finite, or holds values that are not HU.
     """
     path = Path(path)
+    if path.is_dir():
+        from .dicom import read_series
+
+        return read_series(path)
     raw, header, affine, scaling = _read_nifti(path)
     axes, flipped = _working_axes(path, affine)
     volume_hu = _to_working(raw, scaling, axes, flipped)
     _check_hu(path, volume_hu)
-    lengths = np.linalg.norm(affine[:3, :3], axis=0) * _MM_PER_UNIT.get(header.get_xyzt_units()[0], 1.0)
+    lengths = np.linalg.norm(affine[:3, :3], axis=0) * _mm_per_unit(header)
     dz, dy, dx = (float(lengths[axis]) for axis in axes)
     header.set_slope_inter(*scaling)  # nibabel blanks these on reading
     return Scan(volume_hu, (dz, dy, dx), path, header, affine, axes, flipped)
 
 
-def read_label(path: str | os.PathLike[str], like: Scan) -> Tensor:
+def read_low_dose(path: str | os.PathLike[str], like: Scan) -> Scan:
+    """Read the low-dose partner of a scan, which has the same voxels.
+
+    Raises:
+        ValueError: as `read_scan`, or the two differ in shape or lie elsewhere in space.
+    """
+    low = read_scan(path)
+    if low.volume_hu.shape != like.volume_hu.shape:
+        raise ValueError(
+            f"{like.path.name}: the low dose is {_by(low.volume_hu.shape)} but the scan is {_by(like.volume_hu.shape)} "
+            "(slices, rows, columns); check the pair"
+        )
+    _check_place(low.path, "a low dose", low.affine, low.axes, low.flipped, like)
+    return low
+
+
+def read_label(path: str | os.PathLike[str], like: Scan, *, allow_empty: bool = False) -> Tensor:
     """Read the segmentation drawn on a scan, in the same working orientation.
 
     Returns:
-        `(D, H, W)` uint8 class numbers; at least one voxel is not 0.
+        `(D, H, W)` uint8 class numbers; at least one voxel is not 0, unless `allow_empty`.
 
     Raises:
         ValueError: the file is missing or damaged, differs from the scan in shape or lies elsewhere in space, holds
@@ -121,18 +136,13 @@ def read_label(path: str | os.PathLike[str], like: Scan) -> Tensor:
         raise ValueError(
             f"{like.path.name}: labels are {_by(raw.shape[:3])} but the scan is {_by(scan_shape)}; check the pair"
         )
-    off_mm = _offset(affine, axes, flipped, like)
-    if not off_mm <= 0.5 * min(like.voxel_mm):
-        raise ValueError(
-            f"{path.name}: expected labels on the grid of {like.path.name}, got a grid that lies up to {off_mm:.1f} mm "
-            "away; check the pair, or copy the scan's affine if only the header is wrong"
-        )
+    _check_place(path, "labels", affine, axes, flipped, like)
     if not bool(((values >= 0) & (values <= 255) & (values == values.round())).all()):
         raise ValueError(
             f"{path.name}: expected whole class numbers in 0..255, got {values.min():g} to {values.max():g} with "
             "other values; give the segmentation, not an image"
         )
-    if not bool(values.any()):
+    if not allow_empty and not bool(values.any()):
         raise ValueError(f"{path.name}: expected a labelled voxel, got an empty mask; leave this case out")
     return values.to(torch.uint8)
 
@@ -178,47 +188,6 @@ def write_scan(path: str | os.PathLike[str], volume_hu: Tensor, like: Scan) -> P
     return path
 
 
-def find_cases(folder: str | os.PathLike[str]) -> list[Case]:
-    """Pair scans with labels in LiTS's layout (`volume-N.nii[.gz]`, `segmentation-N.nii[.gz]`) or KiTS's
-    (`case_NNNNN/imaging.nii.gz`, `segmentation.nii.gz`), in the order of their numbers.
-
-    Raises:
-        ValueError: the folder is missing or holds neither layout, a partner is missing, or one case has two files.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder.name}: expected a folder of cases, got no such folder at {folder}; check the path")
-    found: dict[tuple[str, int, str], Path] = {}  # (layout, case number, role) -> file
-    for pattern, layout, roles in (
-        ("*.nii*", r"(volume|segmentation)-(\d+)\.nii(\.gz)?", ("volume", "segmentation")),
-        ("case_*/*.nii*", r"case_(\d+)/(imaging|segmentation)\.nii(\.gz)?", ("imaging", "segmentation")),
-    ):
-        for file in sorted(folder.glob(pattern)):
-            match = re.fullmatch(layout, file.relative_to(folder).as_posix())
-            if match is None:
-                continue
-            number, role = sorted(match.groups()[:2], key=str.isalpha)  # the digits come first
-            key = (roles[0], int(number), "scan" if role == roles[0] else "label")
-            if key in found:
-                raise ValueError(f"{file.name}: expected one file per case, got {found[key].name} too; remove one")
-            found[key] = file
-    for (first, number, role), file in found.items():
-        if (first, number, "label" if role == "scan" else "scan") not in found:
-            other = "segmentation" if role == "scan" else first
-            wanted = file.relative_to(folder).as_posix().replace("segmentation" if role == "label" else first, other)
-            raise ValueError(
-                f"{wanted}: expected the partner of {file.relative_to(folder).as_posix()}, got no such file; "
-                "add it, or take the case out of the folder"
-            )
-    if not found:
-        raise ValueError(
-            f"{folder.name}: expected volume-N.nii or case_NNNNN/imaging.nii.gz, got neither; give the folder that "
-            "holds the cases themselves"
-        )
-    keys = sorted((first, number) for first, number, role in found if role == "scan")
-    return [Case(found[first, number, "scan"], found[first, number, "label"]) for first, number in keys]
-
-
 def check_nifti_name(path: str | os.PathLike[str]) -> Path:
     """Return the path of a NIfTI file to be written.
 
@@ -235,14 +204,30 @@ def check_nifti_name(path: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Lend a temporary name beside `path`; rename it to `path` on success, remove it on any failure."""
+    """Lend a temporary name beside `path`; rename it to `path` on success, remove it on any failure.
+
+    Raises:
+        OSError: in one sentence where the disk is full, whatever the library that wrote made of it.
+    """
     unfinished = path.with_name(f".unfinished-{uuid.uuid4().hex[:12]}-{path.name}")  # keeps the suffix: it picks gzip
     try:
         yield unfinished
         os.replace(unfinished, path)
-    except BaseException:  # Ctrl-C counts
+    except BaseException as error:  # Ctrl-C counts
         unfinished.unlink(missing_ok=True)
+        if _is_full_disk(error):
+            sentence = f"{path}: expected room on the disk, got a full one; free some space and start again"
+            raise OSError(errno.ENOSPC, sentence) from error
         raise
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    """Whether this failure began with a full disk: torch.save reports one as a RuntimeError."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _read_nifti(path: Path) -> tuple[np.ndarray, Any, np.ndarray, tuple[float, float]]:
@@ -314,18 +299,36 @@ def _to_working(
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
 
 
-def _offset(affine: np.ndarray, axes: tuple[int, ...], flipped: tuple[bool, ...], like: Scan) -> float:
-    """Return the largest distance, in mm, between a corner of this grid and the same corner of the scan's."""
-    shape = like.volume_hu.shape
-    corners = np.stack(np.meshgrid(*[[0, n - 1] for n in shape], indexing="ij"), -1).reshape(8, 3)
-    positions = []
-    for matrix, order, flips in ((affine, axes, flipped), (like.affine, like.axes, like.flipped)):
-        voxels = np.empty((8, 3))
-        for k in range(3):
-            voxels[:, order[k]] = shape[k] - 1 - corners[:, k] if flips[k] else corners[:, k]
-        positions.append(voxels @ matrix[:3, :3].T + matrix[:3, 3])
-    per_unit = _MM_PER_UNIT.get(like.header.get_xyzt_units()[0], 1.0)
-    return float(np.linalg.norm(positions[0] - positions[1], axis=1).max()) * per_unit
+def _check_place(
+    path: Path, what: str, affine: np.ndarray, axes: tuple[int, ...], flipped: tuple[bool, ...], like: Scan
+) -> None:
+    """Refuse a grid whose corners lie more than half a voxel away from the scan's."""
+    shape = tuple(like.volume_hu.shape)
+    corners = np.stack(np.meshgrid(*[[0, n - 1] for n in shape], [1], indexing="ij"), -1).reshape(8, 4)
+    apart = _grid_affine(affine, axes, flipped, shape) - _grid_affine(like.affine, like.axes, like.flipped, shape)
+    off_mm = float(np.linalg.norm(corners @ apart.T, axis=1).max()) * _mm_per_unit(like.header)
+    if not off_mm <= 0.5 * min(like.voxel_mm):
+        raise ValueError(
+            f"{path.name}: expected {what} on the grid of {like.path.name}, got a grid that lies up to {off_mm:.1f} mm "
+            "away; check the pair, or copy the scan's affine if only the header is wrong"
+        )
+
+
+def _grid_affine(
+    affine: np.ndarray, axes: tuple[int, ...], flipped: tuple[bool, ...], shape: tuple[int, ...]
+) -> np.ndarray:
+    """From (slice, row, column) in the working orientation to the file's positions."""
+    to_file = np.zeros((4, 4))
+    to_file[3, 3] = 1
+    for k in range(3):
+        to_file[axes[k], k] = -1 if flipped[k] else 1
+        to_file[axes[k], 3] = shape[k] - 1 if flipped[k] else 0
+    return np.asarray(affine @ to_file)
+
+
+def _mm_per_unit(header: Any) -> float:
+    """What a length in the file is in mm; DICOM knows mm alone."""
+    return _MM_PER_UNIT.get(header.get_xyzt_units()[0], 1.0) if hasattr(header, "get_xyzt_units") else 1.0
 
 
 def _check_hu(path: Path, volume_hu: Tensor) -> None:

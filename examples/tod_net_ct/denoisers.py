@@ -1,0 +1,185 @@
+"""Every denoiser by name: its network, its critic and its loss. What is not said here, all of them share.
+
+A name may carry changed settings, as in ``tod_net@balance=false`` or ``tod_net@guides=unet+vnet;share_task=4``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from taskloss import (
+    AdversarialLoss,
+    Fidelity,
+    GradientPenalty,
+    LossSum,
+    TaskConsistencyLoss,
+    TaskOrientedLoss,
+    Term,
+    WassersteinCritic,
+    WeightClipping,
+    soft_kl,
+)
+
+from .baselines import SelfAttentionDenoiser, ThreeLayerCNN, bm3d, critic_network, non_local_means
+from .denoise import denoise_volume
+from .networks import Denoiser, load_denoiser
+from .perceptual import perceptual_loss
+from .settings import Settings
+from .stage import load_tensors
+from .train_autoencoder import load_autoencoder
+from .train_task import dice_loss, load_task
+from .volumes import WINDOW_HU, to_hu, to_unit
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one denoiser does not share with the others."""
+
+    title: str
+    terms: tuple[str, ...]
+    constraint: str = "clip"  # of the critic: "clip" (WGAN) or "penalty" (WGAN-GP)
+    network: str = "tod_net"  # or "sacnn", "cnn"
+
+
+RECIPES = {
+    "tod_net": Recipe("TOD-Net", ("adv", "task", "mse")),
+    "mse_wgan": Recipe("MSE-WGAN", ("adv", "mse")),
+    "vgg_wgan": Recipe("VGG-WGAN", ("adv", "perceptual"), constraint="penalty"),
+    "sa_wgan": Recipe("SA-WGAN", ("adv", "autoencoder"), constraint="penalty", network="sacnn"),
+    "cnn_mse": Recipe("CNN, MSE", ("mse",), network="cnn"),
+    "label_free": Recipe("TOD-Net, label-free", ("adv", "consistency", "mse")),
+}
+FILTERS: dict[str, tuple[str, Callable[[Tensor, float], Tensor]]] = {
+    "nlm": ("Non-local means", non_local_means),
+    "bm3d": ("BM3D", bm3d),
+}
+
+
+def parse(name: str, settings: Settings) -> tuple[str, Settings]:
+    """A denoiser's name without its changes, and the settings with them.
+
+    Raises:
+        ValueError: the denoiser or a changed setting does not exist.
+    """
+    kind, _, changes = name.partition("@")
+    if kind not in RECIPES and kind not in FILTERS:
+        raise ValueError(f"denoisers: expected some of {', '.join((*RECIPES, *FILTERS))}; got {name!r}")
+    items = [item.partition("=") for item in changes.split(";") if item]
+    return kind, settings.with_overrides({field: value for field, _, value in items})
+
+
+def title(name: str) -> str:
+    """What people read: ``TOD-Net`` or ``TOD-Net (balance=false)``."""
+    kind, _, changes = name.partition("@")
+    words = RECIPES[kind].title if kind in RECIPES else FILTERS[kind][0]
+    return f"{words} ({changes.replace(';', ', ')})" if changes else words
+
+
+def network_of(recipe: Recipe, settings: Settings) -> nn.Module:
+    """A new denoiser of about the same size for every recipe."""
+    if recipe.network == "sacnn":
+        return SelfAttentionDenoiser(max(1, settings.width * 16 // 32))
+    if recipe.network == "cnn":
+        return ThreeLayerCNN(2 * settings.width)
+    return Denoiser(settings.width, norm=settings.norm, final_activation=settings.final_activation)
+
+
+def critic_of(recipe: Recipe, settings: Settings) -> WassersteinCritic | None:
+    """The recipe's critic; None where no term is adversarial."""
+    if "adv" not in recipe.terms:
+        return None
+    patch, channels = settings.shape, settings.critic_channels
+    if recipe.constraint == "penalty":  # a penalty needs a critic whose samples do not mix: no batch norm
+        network = critic_network(patch, channels, "none")
+        return WassersteinCritic(network=network, constraint=GradientPenalty(settings.penalty_weight))
+    constraint = WeightClipping(settings.clip, skip_norm=not settings.clip_norm_layers)
+    if settings.critic_norm != "batch":
+        return WassersteinCritic(network=critic_network(patch, channels, settings.critic_norm), constraint=constraint)
+    return WassersteinCritic(patch_size=patch, channels=channels, constraint=constraint)
+
+
+def loss_of(recipe: Recipe, settings: Settings, run: Path, critic: WassersteinCritic | None) -> LossSum:
+    """The denoiser's loss: Eq. 8 of the paper for TOD-Net, the same without the task for MSE-WGAN."""
+
+    def term(name: str) -> tuple[float, Term]:
+        if name == "adv":
+            assert critic is not None
+            return settings.weight_adv, AdversarialLoss(critic)
+        if name == "mse":
+            return settings.weight_mse, Fidelity(nn.MSELoss())
+        if name == "task":
+            guides = [load_task(settings, run, guide) for guide in settings.guides]
+            return settings.weight_task, TaskOrientedLoss(guides, dice_loss(settings.dice))
+        if name == "consistency":
+            guide = load_task(settings, run, settings.guides[0])
+            return settings.weight_task, TaskConsistencyLoss(guide, soft_kl)
+        if name == "autoencoder":
+            encode = load_autoencoder(run).encode
+            return settings.weight_perceptual, TaskConsistencyLoss(encode, nn.MSELoss(), preprocess=as_slices)
+        perceptual = perceptual_loss(settings.perceptual_network)
+        if perceptual is None:
+            raise ValueError("vgg_wgan: needs an ImageNet network; pip install 'taskloss[ct]'")
+        return settings.weight_perceptual, perceptual
+
+    terms = {name: term(name) for name in recipe.terms}
+    return LossSum(**{name: weight * part for name, (weight, part) in terms.items()})
+
+
+def shares_of(recipe: Recipe, settings: Settings) -> dict[str, float]:
+    """Each term's share of the gradient norm at x_hat."""
+    known = {
+        "adv": settings.share_adv, "mse": settings.share_mse, "task": settings.share_task,
+        "consistency": settings.share_task, "perceptual": settings.share_perceptual,
+        "autoencoder": settings.share_perceptual,
+    }  # fmt: skip
+    return {name: known[name] for name in recipe.terms}
+
+
+def as_slices(volume: Tensor) -> Tensor:
+    """Axial slices of `(N, 1, D, H, W)` as images `(N * D, 1, H, W)`."""
+    return volume.transpose(1, 2).flatten(0, 1)
+
+
+def restorer(
+    name: str, settings: Settings, run: Path, device: str | torch.device = "cpu"
+) -> Callable[[Tensor], Tensor]:
+    """A trained denoiser as a function from a volume `(D, H, W)` in HU to its like."""
+    kind, settings = parse(name, settings)
+    folder = run / "denoisers" / name
+    if kind in FILTERS:
+        sigma = json.loads((folder / "manifest.json").read_text())["results"]["sigma"]
+        return lambda volume_hu: restore(lambda unit: FILTERS[kind][1](unit, sigma), volume_hu)
+    if RECIPES[kind].network == "tod_net":
+        denoiser = load_denoiser(folder / "best.pt")
+        return lambda volume_hu: denoise_volume(denoiser, volume_hu, WINDOW_HU, device=device)
+    network = network_of(RECIPES[kind], settings)
+    network.load_state_dict(load_tensors(folder / "best.pt"))
+    network.eval().to(device)
+    return lambda volume_hu: restore(lambda unit: slide(network, unit, settings.shape, device), volume_hu)
+
+
+@torch.no_grad()
+def slide(network: nn.Module, unit: Tensor, patch: tuple[int, int, int], device: str | torch.device) -> Tensor:
+    """A network over a volume of any size, in patches of its training size (MONAI's sliding window)."""
+    if tuple(unit.shape) == tuple(patch):
+        return network(unit[None, None].to(device))[0, 0].cpu()
+    from monai.inferers import SlidingWindowInferer
+
+    infer = SlidingWindowInferer(patch, overlap=0.25, mode="gaussian", sw_device=device, device="cpu")
+    return infer(unit[None, None], network)[0, 0]
+
+
+def restore(network: Callable[[Tensor], Tensor], volume_hu: Tensor) -> Tensor:
+    """Apply a function on [0, 1] to a volume in HU; what lies outside the window stays, as in `denoise_volume`."""
+    lower, upper = WINDOW_HU
+    found = to_hu(network(to_unit(volume_hu)).clamp(0, 1))
+    outside = (volume_hu < lower) | (volume_hu > upper)
+    back = (found > lower + 0.1 * (upper - lower)) & (found < upper - 0.1 * (upper - lower))
+    far = (volume_hu < lower - 0.5 * (upper - lower)) | (volume_hu > upper + 0.5 * (upper - lower))
+    return torch.where(outside & (far | ~back), volume_hu, found)

@@ -1,0 +1,108 @@
+"""The demo as an experiment: several seeds, every denoiser, every task network, and the answers with intervals.
+
+Each seed draws its own phantoms and its own initial weights. What is measured is kept in one small CSV for each seed
+and denoiser, so a study can be stopped, spread over machines, and taken up again; `summary.py` reads them all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from .data import Cases
+from .degrade import degrade
+from .denoisers import restorer
+from .evaluate import Row, device_of, measure_case
+from .prepare import prepare
+from .settings import PRESETS, Settings
+from .stage import progress, write_text
+from .train_denoiser import train_denoiser
+from .train_task import load_task, train_task
+
+RESULTS = Path(__file__).parent / "results"
+ABLATIONS = (
+    "mse_wgan@balance=false",
+    "tod_net@balance=false",  # the paper's fixed weights
+    "tod_net@share_task=0.5",
+    "tod_net@share_task=8",
+    "tod_net@guides=unet+res_unet",
+    "label_free",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="N")
+    parser.add_argument(
+        "--denoisers", nargs="+", metavar="NAME", help="default: those of the paper, then the ablations"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/study"), help="folder of the runs (default: runs/study)"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the measurements and their summary")
+    parser.add_argument("--summary-only", action="store_true", help="only read what was measured and write it up")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a setting")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Train and measure what is missing, then write it up."""
+    from .summary import summarise
+
+    settings = PRESETS["study"].with_overrides(dict(item.partition("=")[::2] for item in args.set))
+    if not args.summary_only:
+        names = args.denoisers or (*settings.denoisers, *ABLATIONS)
+        study(settings, args.seeds, names, args.output, args.results)
+    print(summarise(args.results))
+    return 0
+
+
+def study(settings: Settings, seeds: Sequence[int], names: Sequence[str], output: Path, results: Path) -> None:
+    """Every denoiser for every seed, the paper's own first; what was measured before is skipped."""
+    write_text(results / "settings.yaml", settings.to_yaml())
+    rounds = [[n for n in names if n not in ABLATIONS], [n for n in names if n in ABLATIONS]]
+    for group in rounds:
+        for seed in seeds:
+            one = replace(settings, seed=seed)
+            run = output / f"seed-{seed}"
+            missing = [n for n in ("none", *group) if not file_of(results, seed, n).exists()]
+            if missing:
+                prepare(one, run)
+                degrade(one, run)
+                for network in one.task_networks:
+                    train_task(network, one, run)
+            for name in missing:
+                if name != "none":
+                    train_denoiser(name, one, run)
+                write_text(file_of(results, seed, name), as_csv(measure(name, one, run)))
+
+
+def measure(name: str, settings: Settings, run: Path) -> list[Row]:
+    """One denoiser on every test case at both doses; "none" measures the images as they come."""
+    device = device_of(settings)
+    networks = {n: load_task(settings, run, n).to(device) for n in settings.task_networks}
+    restore = (lambda volume_hu: volume_hu) if name == "none" else restorer(name, settings, run, device)
+    cases = Cases(run, "test")
+    rows: list[Row] = []
+    for i in progress(range(len(cases)), f"measure {name}"):
+        rows += measure_case(cases, i, settings, {name: restore}, networks, device)
+    return rows
+
+
+def file_of(results: Path, seed: int, name: str) -> Path:
+    """Where the measurements of one denoiser and seed are kept."""
+    plain = name.replace("@", "-").replace("=", "_").replace(";", "-").replace("+", "_")
+    return results / "measurements" / f"seed-{seed}" / f"{plain}.csv"
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """Four decimals are far below the noise of any of these numbers."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()})
+    return text.getvalue()

@@ -1,0 +1,222 @@
+"""What the study found: means over seeds, paired differences with intervals, and the README's table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .denoisers import title
+from .evaluate import Row
+from .metrics import holm, paired_over_seeds
+from .stage import write_text
+from .tables import TITLES, heading
+
+BASELINES = ("mse_wgan", "vgg_wgan", "sa_wgan")
+UNSEEN = ("vnet", "res_unet", "vox_resnet")
+NETWORKS = ("unet", *UNSEEN)
+COLUMNS = ("roi_ssim", "roi_rmse_hu", "roi_psnr_db", "whole_ssim", "whole_rmse_hu", "whole_psnr_db")
+BEGIN, END = "<!-- study: begin, written by `study --summary-only` -->", "<!-- study: end -->"
+READMES = (Path(__file__).parent / "README.md",)
+
+DICE = tuple(f"{name}_dice" for name in NETWORKS)
+BOTH = (*DICE, "roi_rmse_hu", "whole_rmse_hu")
+
+
+class Question(NamedTuple):
+    """What is asked of which pairs of denoisers (ours, theirs), in which numbers, at which dose."""
+
+    letter: str
+    subject: str
+    pairs: list[tuple[str, str]]
+    keys: tuple[str, ...]
+    dose: str = "low"
+
+
+AGAINST_BASELINES = [("tod_net", name) for name in BASELINES]
+FIXED = "@balance=false"  # the paper's weights in place of balancing
+QUESTIONS = (
+    Question("a", "Dice on low dose by U-Net, which guided the training", AGAINST_BASELINES, DICE[:1]),
+    Question("b", "Dice on low dose by networks that TOD-Net never saw", AGAINST_BASELINES, DICE[1:]),
+    Question("c", "Image quality inside the organ", AGAINST_BASELINES, COLUMNS[:3]),
+    Question("c2", "Image quality of the whole image", AGAINST_BASELINES, COLUMNS[3:]),
+    Question("d", "Dice on normal dose, denoised against as it came", [("tod_net", "none")], DICE, "normal"),
+    Question("e", "The paper's fixed weights", [(f"tod_net{FIXED}", f"mse_wgan{FIXED}")], BOTH),
+    Question("f", "Balancing at x_hat against fixed weights", [(n, n + FIXED) for n in ("mse_wgan", "tod_net")], BOTH),
+    Question(
+        "g",
+        "The task's share of the gradient, 2 by default",
+        [(f"tod_net@share_task={share}", "tod_net") for share in ("0.5", "8")],
+        BOTH,
+    ),
+    Question(
+        "h",
+        "Two guides against one; V-Net and Vox-ResNet are unseen by both",
+        [("tod_net@guides=unet+res_unet", "tod_net")],
+        BOTH,
+    ),
+    Question(
+        "i",
+        "Label-free consistency against labels, and against no task",
+        [("label_free", "tod_net"), ("label_free", "mse_wgan")],
+        BOTH,
+    ),
+)
+
+
+def summarise(results: Path) -> str:
+    """Read every measurement, write ``study.json`` and ``study.md``, and refresh the README's table.
+
+    Raises:
+        ValueError: nothing was measured yet.
+    """
+    rows = read(results)
+    found = {
+        "seeds": {name: sorted({r["seed"] for r in rows if r["denoiser"] == name}) for name in _names(rows)},
+        "means": {dose: {n: _means(rows, dose, n) for n in _names(rows)} for dose in ("low", "normal")},
+        "answers": answers(rows),
+    }
+    write_text(results / "study.json", json.dumps(found, indent=1, sort_keys=True) + "\n")
+    text = markdown(found)
+    write_text(results / "study.md", text)
+    if results == Path(__file__).parent / "results":
+        for path in READMES:
+            write_text(path, refreshed(path.read_text(), readme_part(found)))
+    return text
+
+
+def read(results: Path) -> list[Row]:
+    """Every row of every measurement, with its seed."""
+    rows: list[Row] = []
+    for path in sorted((results / "measurements").glob("seed-*/*.csv")):
+        seed = int(path.parent.name.removeprefix("seed-"))
+        with path.open() as file:
+            for row in csv.DictReader(file):
+                numbers = {k: float(v or "nan") for k, v in row.items() if k not in ("case", "dose", "denoiser")}
+                rows.append(
+                    {"seed": seed, "case": row["case"], "dose": row["dose"], "denoiser": row["denoiser"], **numbers}
+                )
+    if not rows:
+        raise ValueError(f"{results}: expected measurements, found none; run the study first")
+    return rows
+
+
+def answers(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Every question's paired differences, over the seeds that both sides have; Holm over one question's family."""
+    found = []
+    for question in QUESTIONS:
+        family = []
+        for ours, theirs in question.pairs:
+            for key in question.keys:
+                scores = _scores(rows, ours, theirs, question.dose, key)
+                if scores:
+                    about = {"question": question.letter, "ours": ours, "theirs": theirs, "key": key}
+                    family.append(about | paired_over_seeds(scores))
+        for gap, p in zip(family, holm([gap["by_seed_p"] for gap in family]), strict=True):
+            gap["by_seed_holm"] = p
+        found += family
+    return [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in gap.items()} for gap in found]
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The means and every answer, as Markdown."""
+    lines = ["# The study", "", *_means_table(found, _all_keys()), ""]
+    for letter, subject, *_ in QUESTIONS:
+        gaps = [gap for gap in found["answers"] if gap["question"] == letter]
+        if gaps:
+            lines += [f"## ({letter}) {subject}", "", *_gap_table(gaps), ""]
+    return "\n".join(lines)
+
+
+def readme_part(found: dict[str, Any]) -> str:
+    """What the README shows of the study: the main table and the four answers."""
+    lines = _means_table(found, ("roi_rmse_hu", "roi_ssim", "whole_rmse_hu", *(f"{n}_dice" for n in NETWORKS)))
+    for letter, subject, *_ in QUESTIONS[:5]:
+        gaps = [gap for gap in found["answers"] if gap["question"] == letter]
+        if gaps:
+            lines += ["", f"**({letter}) {subject}.**", "", *_gap_table(gaps)]
+    return "\n".join(lines)
+
+
+def refreshed(text: str, part: str) -> str:
+    """A README with what stands between the study's marks replaced."""
+    return re.sub(f"(?s){re.escape(BEGIN)}.*{re.escape(END)}", lambda _: f"{BEGIN}\n{part}\n{END}", text)
+
+
+def _means_table(found: dict[str, Any], keys: Sequence[str]) -> list[str]:
+    head = ["", "seeds", *(heading(key) for key in keys)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    ceiling = found["means"]["normal"]["none"]
+    lines.append(_line("Normal dose", len(found["seeds"]["none"]), ceiling, keys))
+    for name, means in found["means"]["low"].items():
+        lines.append(_line("No denoiser" if name == "none" else title(name), len(found["seeds"][name]), means, keys))
+    return lines
+
+
+def _line(name: str, n_seeds: int, means: dict[str, Any], keys: Sequence[str]) -> str:
+    cells = ["" if means[key] is None else f"{means[key]:.2f}" for key in keys]
+    return "| " + " | ".join([name, str(n_seeds), *cells]) + " |"
+
+
+def _gap_table(gaps: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| difference | of | mean | 95 %, over seeds | 95 %, over cases | seeds above 0 | p over seeds (Holm) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for gap in gaps:
+        pair = f"{title(gap['ours'])} - {'no denoiser' if gap['theirs'] == 'none' else title(gap['theirs'])}"
+        by_seed, by_case = (_interval(gap, f"by_{kind}") for kind in ("seed", "case"))
+        p = "" if gap["by_seed_holm"] is None else f"{gap['by_seed_holm']:.2g}"
+        above = f"{gap['n_seeds_above']} of {gap['n_seeds']}"
+        lines.append(f"| {pair} | {heading(gap['key'])} | {gap['mean']:+.2f} | {by_seed} | {by_case} | {above} | {p} |")
+    return lines
+
+
+def _interval(gap: dict[str, Any], kind: str) -> str:
+    low, high = gap[f"{kind}_low"], gap[f"{kind}_high"]
+    return "" if low is None or high is None else f"{low:+.2f} to {high:+.2f}"
+
+
+def _scores(
+    rows: Sequence[Row], ours: str, theirs: str, dose: str, key: str
+) -> dict[int, tuple[list[float], list[float]]]:
+    sides = [
+        {(r["seed"], r["case"]): r[key] for r in rows if (r["denoiser"], r["dose"]) == (n, dose)}
+        for n in (ours, theirs)
+    ]
+    scores: dict[int, tuple[list[float], list[float]]] = {}
+    for seed, case in sorted(set(sides[0]) & set(sides[1])):
+        for side, values in zip(sides, scores.setdefault(seed, ([], [])), strict=True):
+            values.append(side[seed, case])
+    return scores
+
+
+def _means(rows: Sequence[Row], dose: str, name: str) -> dict[str, float | None]:
+    """The mean over seeds of the mean over cases; None where nothing was measured."""
+    result: dict[str, float | None] = {}
+    for key in _all_keys():
+        by_seed: dict[int, list[float]] = {}
+        for row in rows:
+            if (row["dose"], row["denoiser"]) == (dose, name) and math.isfinite(row[key]):
+                by_seed.setdefault(row["seed"], []).append(row[key])
+        means = [sum(values) / len(values) for values in by_seed.values()]
+        result[key] = sum(means) / len(means) if means else None
+    return result
+
+
+def _names(rows: Sequence[Row]) -> list[str]:
+    """The denoisers in the order of the paper, then the rest as they come."""
+    order = ("none", "nlm", "bm3d", "cnn_mse", "vgg_wgan", "mse_wgan", "sa_wgan", "tod_net")
+    names = {row["denoiser"] for row in rows}
+    return [n for n in order if n in names] + sorted(names - set(order))
+
+
+def _all_keys() -> tuple[str, ...]:
+    return (*COLUMNS, *(f"{n}_dice" for n in NETWORKS))
+
+
+assert set(NETWORKS) <= set(TITLES)  # every network of the study has a printed name
