@@ -391,6 +391,34 @@ def test_one_body_in_every_layout_is_one_case(tmp_path) -> None:
         assert all(torch.equal(case[key], found["lits"][key]) for key in case)
 
 
+@pytest.mark.parametrize("style", ["a folder per series", "slices beside the mask", "dose pairs"])
+def test_a_dicom_series_is_the_same_case_as_its_nifti(tmp_path, style) -> None:
+    pytest.importorskip("pydicom")
+    from tests.test_ct_dicom import as_nifti, hu_at, series_of
+
+    mask = np.zeros(hu_at().shape, np.uint8)
+    mask[1:3, 1:3, 2:4] = 1
+    for i in range(3):
+        as_nifti(tmp_path / f"volume-{i}.nii.gz", hu_at())
+        as_nifti(tmp_path / f"segmentation-{i}.nii.gz", mask)
+        case = tmp_path / "dicom" / f"p{i}"
+        if style == "dose pairs":
+            series_of(tmp_path / "dicom" / "normal" / f"p{i}")
+            series_of(tmp_path / "dicom" / "low" / f"p{i}", hu=hu_at(seed=1))
+        else:
+            series_of(case / "scan" if style == "a folder per series" else case)
+            as_nifti(case / "mask.nii.gz", mask)
+    prepare(scans(tmp_path), tmp_path / "a")
+    prepare(scans(tmp_path / "dicom"), tmp_path / "b")
+    nifti, dicom = (load_tensors(tmp_path / run / "cases" / "train-000.pt") for run in ("a", "b"))
+    assert torch.equal(nifti["normal_hu"], dicom["normal_hu"])
+    torch.testing.assert_close(nifti["affine"], dicom["affine"], atol=1e-4, rtol=0)
+    if style == "dose pairs":
+        assert not dicom["mask"].any() and not torch.equal(dicom["low_hu"], dicom["normal_hu"])
+    else:
+        assert torch.equal(nifti["mask"], dicom["mask"]) and dicom["mask"].sum() == 8
+
+
 def write_dose_pairs(folder: Path, patients=("L1", "L2", "L3")) -> Path:
     folder.mkdir()
     for patient in patients:

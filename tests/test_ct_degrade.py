@@ -80,6 +80,13 @@ def test_a_case_is_simulated_at_its_own_voxel_size_with_the_seed_of_its_number(t
         assert made["readings"].tolist() == [expected.n_clamped, expected.n_rays]
 
 
+def test_what_a_killed_stage_left_is_no_case(tmp_path, alone) -> None:
+    run = prepared(tmp_path)
+    (run / "cases" / ".unfinished-0123-test-000.pt").write_bytes(b"half")
+    degrade(SETTINGS, run)
+    assert results(run) == alone
+
+
 def test_two_processes_make_the_same_files_as_one(tmp_path, alone) -> None:
     degrade(replace(SETTINGS, jobs=2), prepared(tmp_path))
     assert results(tmp_path) == alone

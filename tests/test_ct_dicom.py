@@ -121,6 +121,7 @@ def test_a_series_is_the_same_scan_as_its_nifti(tmp_path, orientation, step):
     write_scan(tmp_path / "out.nii", scan.volume_hu, like=scan)
     back = nib.load(tmp_path / "out.nii")
     np.testing.assert_allclose(back.affine, other.affine, atol=1e-4)
+    assert int(back.header["qform_code"]) == (0 if step else 1)  # a qform cannot hold a shear
     assert back.header.get_xyzt_units()[0] == "mm" and back.get_data_dtype() == np.int16
     assert np.array_equal(np.asarray(back.dataobj), np.asarray(nib.load(tmp_path / "same.nii").dataobj))
 
@@ -462,6 +463,23 @@ def test_a_failure_leaves_the_old_series(tmp_path, axial, monkeypatch):
     with pytest.raises(ValueError, match="^out: expected to write here, got No space left on device; make room"):
         write_series(tmp_path / "out", scan.volume_hu + 1, scan, overwrite=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.dcm")} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["axial", "out"]
+
+
+def test_a_series_that_cannot_take_its_name_gives_it_back(tmp_path, axial, monkeypatch):
+    scan = read_series(axial)
+    out = write_series(tmp_path / "out", scan.volume_hu, scan)
+    real = Path.rename
+
+    def fails(self, target):
+        if self.name.startswith(".new"):
+            raise OSError(13, "Permission denied")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(ValueError, match="^out: expected to write here, got Permission denied; make room, or"):
+        write_series(out, scan.volume_hu + 1, scan, overwrite=True)
+    assert torch.equal(read_series(out).volume_hu, scan.volume_hu)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["axial", "out"]
 
 

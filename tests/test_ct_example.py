@@ -40,7 +40,7 @@ def test_leaves_the_tables_the_figures_and_one_page(run) -> None:
     figures = sorted(path.stem for path in (run / "figures").iterdir())
     assert figures == ["dice", "fig2", "fig3", "learning", "task_learning"]
     page = (run / "report.html").read_text()
-    assert 'src="http' not in page and page.count("data:image/png;base64,") == len(figures)
+    assert 'src="http' not in page and page.count(";base64,") == len(figures)
     table = (run / "table.md").read_text()
     assert all(name in table for name in ("Normal dose", "No denoiser", "MSE-WGAN", "TOD-Net", "U-Net", "Vox-ResNet"))
     assert "U-Net Dice (%): TOD-Net minus MSE-WGAN" in (run / "tables" / "comparisons.md").read_text()

@@ -205,10 +205,16 @@ TINY = Settings(data="here", n_train=1, n_validation=1, n_test=1)
 
 
 def test_too_few_patients_is_an_error_unless_they_may_serve_twice():
-    with pytest.raises(ValueError, match="^here: holds 2 patients but the splits need 3; lower .*--set reuse=true"):
+    with pytest.raises(
+        ValueError, match="^here: holds 2 patients but the splits need 3; add some, or let .*--set reuse=true"
+    ):
         split_patients(["a", "b"], TINY)
     with pytest.raises(
-        ValueError, match=r"^split: 2 patients at \(0.7, 0.1, 0.2\) leave .*'validation': 0.*reuse=true"
+        ValueError, match="^here: holds 4 patients but the splits need 9; split all of them with --set n"
+    ):
+        split_patients(list("abcd"), replace(TINY, n_train=7))
+    with pytest.raises(
+        ValueError, match=r"^split: 2 patients at \(0.7, 0.1, 0.2\) leave .*0 for validation.*reuse=true"
     ):
         split_patients(["a", "b"], replace(TINY, n_train=0))
     for settings in (replace(TINY, reuse=True), replace(TINY, reuse=True, n_train=0)):

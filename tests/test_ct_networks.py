@@ -2,13 +2,16 @@
 
 import os
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from examples.tod_net_ct import denoisers
 from examples.tod_net_ct.networks import UNET_SIDE_MULTIPLE, Denoiser, load_denoiser, save_checkpoint, unet
+from examples.tod_net_ct.settings import Settings
 
 
 def identity_(network):
@@ -202,3 +205,23 @@ def test_import_needs_neither_nibabel_nor_monai():
 
     code = "import sys, examples.tod_net_ct.denoise; sys.exit(bool({'monai', 'nibabel', 'rich'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ).returncode == 0
+
+
+def test_recomputed_activations_give_the_same_gradients() -> None:
+    torch.manual_seed(0)
+    image = torch.rand(1, 1, 8, 16, 16)
+    gradients, calls = [], []
+    for recompute in (False, True):
+        torch.manual_seed(1)
+        network = Denoiser(4)
+        network.recompute = recompute
+        seen: list[int] = []
+        network.widen[2].register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        network(image).square().mean().backward()
+        gradients.append([parameter.grad for parameter in network.parameters()])
+        calls.append(len(seen))
+    assert calls == [1, 2], "once more in the backward pass"
+    for kept, again in zip(*gradients, strict=True):
+        assert torch.equal(kept, again)
+    with pytest.raises(ValueError, match="recompute: batch norm"):
+        denoisers.network_of(denoisers.RECIPES["tod_net"], replace(Settings(), recompute=True, norm="batch"))

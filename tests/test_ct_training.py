@@ -117,19 +117,20 @@ def test_a_task_network_resumes_as_well(run, tmp_path, monkeypatch) -> None:
     whole = Path(shutil.copytree(run, tmp_path / "whole"))
     train_task("unet", settings, whole)
 
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     add = training.Board.add
 
     def stop(self, row):
         if row["step"] == 5:
-            raise Killed
+            raise KilledError
         add(self, row)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(training.Board, "add", stop)
-        train_task("unet", settings, run)
+        with pytest.raises(KilledError):
+            train_task("unet", settings, run)
     train_task("unet", settings, run)
     assert [row["step"] for row in rows_of(run / "task" / "unet" / "log.csv")] == ["1", "2", "3", "4", "5", "6"]
     assert digest(run / "task" / "unet" / "weights.pt") == digest(whole / "task" / "unet" / "weights.pt")

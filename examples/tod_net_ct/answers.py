@@ -95,12 +95,16 @@ def number(p: float | None) -> str:
 def _verdict(gaps: list[dict[str, Any]]) -> str:
     means = ", ".join(f"{_subject(gap['key'])} {gap['mean']:+.2f}" for gap in gaps)
     if any(_is_powerless(gap) for gap in gaps):
-        return f"{means}; {gaps[0]['n']} cases are too few to test"
+        return f"{means}; {_cases(gaps[0]['n'])} too few to test"
     better = sum(is_significant(gap) and gap["better"] for gap in gaps)
     worse = sum(is_significant(gap) and not gap["better"] for gap in gaps)
     counts = ((better, "significantly better"), (worse, "significantly worse"))
     read = [f"{what} in {n} of {len(gaps)}" for n, what in counts if n] or ["no significant difference"]
     return f"{means}; {', '.join(read)}"
+
+
+def _cases(n: int) -> str:
+    return "1 case is" if n == 1 else f"{n} cases are"
 
 
 def _is_powerless(gap: dict[str, Any]) -> bool:

@@ -11,7 +11,7 @@ from statistics import fmean as mean
 
 from torch import Tensor, nn
 
-from .degrade import case_seed, check, simulate_volume, voxel_of
+from .degrade import case_seed, check, numbered_cases, simulate_volume, voxel_of
 from .evaluate import device_of
 from .metrics import dice
 from .segment import segment
@@ -152,7 +152,7 @@ def _load(case: Case) -> dict[str, Tensor]:
 def _labelled(run: Path) -> list[Case]:
     """Validation cases with an organ, but for measured pairs, whose dose is what it is."""
     cases = []
-    for number, path in enumerate(sorted((run / "cases").glob("*.pt"))):  # numbered as the stage numbers them
+    for number, path in numbered_cases(run):
         if path.stem.startswith("validation-"):
             case = load_tensors(path)
             if "low_hu" not in case and case["mask"].any():

@@ -58,7 +58,7 @@ def degrade(settings: Settings, run: Path, *, jobs: int | None = None, dask: str
     if is_done(folder, facts):
         return folder
     begin(folder, facts)
-    numbered = list(enumerate(sorted(cases.resolve().glob("*.pt"))))
+    numbered = numbered_cases(run)
     todo = [(i, path) for i, path in numbered[part::parts] if not (folder / path.name).exists()]
     work = functools.partial(_simulate_case, settings, folder.resolve())
     for _ in progress(
@@ -107,8 +107,13 @@ def simulate_volume(
     return {"low_hu": low_hu, "noise_std_hu": torch.cat(stds), "readings": torch.tensor([n_clamped, n_rays])}
 
 
+def numbered_cases(run: Path) -> list[tuple[int, Path]]:
+    """Every prepared case with its number, which is its place in order of name; not what a killed stage left."""
+    return list(enumerate(sorted((run / "cases").resolve().glob("[!.]*.pt"))))
+
+
 def case_seed(settings: Settings, number: int) -> int:
-    """The seed of a case's noise; its number is its place among all cases in order of name."""
+    """The seed of a case's noise."""
     return 1_000_003 * (settings.seed + 1) + number
 
 

@@ -87,7 +87,11 @@ def network_of(recipe: Recipe, settings: Settings) -> nn.Module:
         return SelfAttentionDenoiser(max(1, settings.width * 16 // 32))
     if recipe.network == "cnn":
         return ThreeLayerCNN(2 * settings.width)
-    return Denoiser(settings.width, norm=settings.norm, final_activation=settings.final_activation)
+    denoiser = Denoiser(settings.width, norm=settings.norm, final_activation=settings.final_activation)
+    if settings.recompute and settings.norm == "batch":
+        raise ValueError("recompute: batch norm would count every batch twice; --set norm=instance, or recompute=false")
+    denoiser.recompute = settings.recompute
+    return denoiser
 
 
 def critic_of(recipe: Recipe, settings: Settings) -> WassersteinCritic | None:

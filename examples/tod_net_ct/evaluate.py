@@ -229,7 +229,7 @@ def training_view(cases: Cases, index: int, settings: Settings) -> tuple[Tensor,
         cut.append(slice(start, start + want))
     low, normal, organ_mask = (volume[tuple(cut)] for volume in volumes)
     padding = [p for have, want in zip(low.shape[:1:-1], settings.shape[::-1], strict=True) for p in (0, want - have)]
-    low, normal = (F.pad(to_unit(v), padding, mode="replicate") for v in (low, normal))
+    low, normal = (F.pad(to_unit(v), padding) for v in (low, normal))  # with air, as in training
     return low, normal, F.pad(organ_mask, padding).to(torch.uint8)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .volumes import WINDOW_HU, replacing
 
@@ -49,6 +50,8 @@ class Denoiser(nn.Module):
         receptive_radius: voxels around an output voxel that it can depend on (beside the statistics): 8, one for
             each convolution.
         norms: the normalisations in the order in which they run.
+        recompute: whether training keeps each block's input alone and computes the rest again in the backward pass,
+            for less memory and one more forward pass of time. Batch norm would count each batch twice.
         facts: what its checkpoint file says of it (`window_hu`, training); empty for a new network.
 
     Raises:
@@ -80,6 +83,7 @@ class Denoiser(nn.Module):
             "final_activation": final_activation,
         }
         self.facts: dict[str, Any] = {}
+        self.recompute = False
         up = (1, width, 2 * width, 4 * width, 8 * width)
         down = (*up[:0:-1], 1)
         self.widen = nn.ModuleList(nn.Conv3d(a, b, 3, padding=1) for a, b in zip(up, up[1:], strict=False))
@@ -101,15 +105,24 @@ class Denoiser(nn.Module):
         x = image
         skips = []
         for conv, norm in zip(self.widen, self.norms[:4], strict=True):
-            x = F.leaky_relu(norm(conv(x)), 0.2, inplace=True)
+            x = self._block(conv, norm, x)
             skips.append(x)
         skips.pop()  # the deepest is the way on, not a skip
         for conv, norm in zip(self.narrow[:3], self.norms[4:], strict=True):
-            x = F.leaky_relu(norm(conv(x) + skips.pop()), 0.2, inplace=True)
+            x = self._block(conv, norm, x, skips.pop())
         x = self.narrow[3](x)
         if self.config["residual"]:
             x = x + image
         return torch.tanh(x) if self.config["final_activation"] == "tanh" else x
+
+    def _block(self, conv: nn.Module, norm: nn.Module, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        def compute(x: Tensor, skip: Tensor | None) -> Tensor:
+            x = conv(x)
+            return F.leaky_relu(norm(x if skip is None else x + skip), 0.2, inplace=True)
+
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(compute, x, skip, use_reentrant=False)
+        return compute(x, skip)
 
 
 def unet(width: int = 16, *, norm: str = "batch") -> nn.Module:

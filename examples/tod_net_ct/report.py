@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ PERCEPTUAL = {
 }
 MAX_COLUMNS = 6  # images side by side in Fig. 3; the viewer has all
 VIEWED_CASES = 3
+MAX_PNG_BYTES = 500_000
 
 
 def report(settings: Settings, run: Path) -> Path:
@@ -127,7 +129,7 @@ def _page(
         focus=focus_sentences(summary),
         family_note=family_note(summary),
         tables=found,
-        figures={name: base64.b64encode((run / "figures" / f"{name}.png").read_bytes()).decode() for name in figures},
+        figures={name: _embedded(run / "figures" / f"{name}.png") for name in figures},
         columns=_columns(settings),
         case=shown[0].case,
         viewer=viewer_data(shown, settings.task_networks[:7]),
@@ -141,6 +143,18 @@ def _page(
         css=Markup((here / "report.css").read_text()),
         script=Markup((here / "viewer.js").read_text()),
     )
+
+
+def _embedded(picture: Path) -> str:
+    """A data URL; of a heavy picture (noise hardly packs) a lighter copy than the file's own."""
+    from PIL import Image
+
+    content, kind = picture.read_bytes(), "png"
+    if len(content) > MAX_PNG_BYTES:
+        lighter = io.BytesIO()
+        Image.open(picture).convert("RGB").save(lighter, "WEBP", quality=85)
+        content, kind = lighter.getvalue(), "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def balance_rows(run: Path, name: str) -> list[list[str]]:

@@ -90,6 +90,7 @@ class Settings:
     nodes: int = 1
     precision: str = "32-true"  # "bf16-mixed", "16-mixed" where the hardware has it
     compile: bool = False
+    recompute: bool = False  # the denoiser's activations in the backward pass: less memory for more time
     workers: int = 0  # processes that load batches
 
     def with_overrides(self, overrides: Mapping[str, str]) -> Settings:

@@ -140,8 +140,8 @@ def low_dose(
 
     Approximation:
         One energy and parallel rays: no beam hardening, scatter, focal spot, crosstalk or tube-current
-        modulation. Against a full simulation of a fan-beam scanner with a spectrum (gecatsim), the noise in
-        the liver is 12 % higher at each of three doses. What lies outside the volume does not attenuate.
+        modulation. Against a full simulation of a fan-beam scanner with a spectrum (docs/simulation.md), the noise
+        in the liver is 10 to 12 % lower at each of three doses. What lies outside the volume does not attenuate.
 
     Raises:
         ValueError: If the volume holds NaN, a number is out of range, or the geometry does not fit.

@@ -10,6 +10,7 @@ import torch
 from .settings import Settings
 
 SPLITS = ("train", "validation", "test")
+_TRY_OUT = "let patients serve in several splits, for trying out only, with --set reuse=true"
 
 
 def split_patients(patients: Sequence[str], settings: Settings) -> dict[str, list[str]]:
@@ -29,9 +30,9 @@ def split_patients(patients: Sequence[str], settings: Settings) -> dict[str, lis
     if sum(counts.values()) > len(patients):
         if not settings.reuse:
             raise ValueError(
-                f"{settings.data}: holds {len(patients)} patients but the splits need {sum(counts.values())}; lower "
-                "them with --set n_train=... --set n_validation=... --set n_test=..., or, for trying out only, let "
-                "patients serve in several splits with --set reuse=true"
+                f"{settings.data}: holds {_people(len(patients))} but the splits need {sum(counts.values())}; "
+                + ("split all of them with --set n_train=0, or " if len(patients) > 2 else "add some, or ")
+                + _TRY_OUT
             )
         dealing = ("train", "test", "validation")
     dealt, start = {}, 0
@@ -64,8 +65,13 @@ def _counts(n_patients: int, settings: Settings) -> dict[str, int]:
         return {name: max(1, n) for name, n in counts.items()}
     if min(counts.values()) < 1:
         raise ValueError(
-            f"split: {n_patients} patients at {settings.split} leave {counts}; give numbers with --set n_train=... "
-            "--set n_validation=... --set n_test=..., or, for trying out only, let patients serve in several splits "
-            "with --set reuse=true"
+            f"split: {_people(n_patients)} at {settings.split} leave "
+            + ", ".join(f"{n} for {name}" for name, n in counts.items())
+            + "; give numbers with --set n_train=... --set n_validation=... --set n_test=..., or "
+            + _TRY_OUT
         )
     return counts
+
+
+def _people(n: int) -> str:
+    return f"{n} patient" + "s" * (n != 1)
