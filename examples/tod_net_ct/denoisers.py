@@ -52,6 +52,7 @@ RECIPES = {
     "mse_wgan": Recipe("MSE-WGAN", ("adv", "mse")),
     "vgg_wgan": Recipe("VGG-WGAN", ("adv", "perceptual"), constraint="penalty"),
     "sa_wgan": Recipe("SA-WGAN", ("adv", "autoencoder"), constraint="penalty", network="sacnn"),
+    "mse": Recipe("MSE", ("mse",)),
     "cnn_mse": Recipe("CNN, MSE", ("mse",), network="cnn"),
     "label_free": Recipe("TOD-Net, label-free", ("adv", "consistency", "mse")),
 }
@@ -91,6 +92,11 @@ def network_of(recipe: Recipe, settings: Settings) -> nn.Module:
     if settings.recompute and settings.norm == "batch":
         raise ValueError("recompute: batch norm would count every batch twice; --set norm=instance, or recompute=false")
     denoiser.recompute = settings.recompute
+    if settings.start_from:
+        trained = load_denoiser(settings.start_from)
+        if trained.config != denoiser.config:
+            raise ValueError(f"start_from: {settings.start_from} has {trained.config}, the settings {denoiser.config}")
+        denoiser.load_state_dict(trained.state_dict())
     return denoiser
 
 

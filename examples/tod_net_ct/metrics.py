@@ -62,9 +62,7 @@ def surface_distance_mm(prediction: Tensor, mask: Tensor, voxel_mm: Sequence[flo
     if not bool(found.any()) or not bool(truth.any()):
         return math.nan
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # MONAI warns of an argument that it passes itself
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI warns of an argument that it passes itself
         distance = compute_average_surface_distance(
             found[None, None], truth[None, None], include_background=True, symmetric=True, spacing=list(voxel_mm)
         )

@@ -65,6 +65,7 @@ class Settings:
     clip_norm_layers: bool = True  # the published code clamps the scales of batch norm too
     penalty_weight: float = 10.0  # of the gradient penalty (VGG-WGAN, SA-WGAN)
     perceptual_network: str = "efficientnet"  # or "vgg19", the original's, which downloads its weights
+    start_from: str = ""  # a checkpoint of TOD-Net's denoiser to go on from (fine-tuning on another scanner)
     steps: int = 250
     epochs: int = 0  # if positive, takes the place of steps
     batch: int = 2  # over all processes together

@@ -17,7 +17,10 @@ import torch
 from .volumes import replacing
 
 Item = TypeVar("Item")
-PACKAGES = ("taskloss", "torch", "monai", "lightning-fabric", "numpy", "scikit-image", "scipy", "nibabel", "pydicom")
+PACKAGES = (
+    "taskloss", "torch", "monai", "lightning-fabric", "numpy", "scikit-image", "scipy", "nibabel", "pydicom", "joblib",
+    "gecatsim",
+)  # fmt: skip
 
 
 def is_done(folder: Path, facts: Mapping[str, Any]) -> bool:

@@ -51,6 +51,8 @@ def train_denoiser(name: str, settings: Settings, run: Path, fabric: Any = None)
     if {"task", "consistency"} & set(recipe.terms):
         facts |= {field: getattr(settings, field) for field in TASK}
         facts |= {f"task/{guide}": digest(run / "task" / guide / "weights.pt") for guide in settings.guides}
+    if settings.start_from:
+        facts["start_from"] = digest(Path(settings.start_from))
     if is_done(folder, facts):
         return folder
     fabric = fabric or machine(settings)
