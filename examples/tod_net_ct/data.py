@@ -71,6 +71,10 @@ class Cases(Dataset[tuple[Tensor, Tensor, Tensor]]):
         case = self._original(self.paths[number])
         return case["normal_hu"].float(), case["low_hu"].float(), case["mask"].clone()
 
+    def voxel_mm_of(self, number: int) -> tuple[float, ...]:
+        """The voxel size of a whole case, ``(dz, dy, dx)``."""
+        return tuple(open_tensors(self.paths[number])["voxel_mm"].tolist())
+
     def _original(self, path: Path) -> dict[str, Tensor]:
         case = open_tensors(path)
         if "low_hu" not in case:

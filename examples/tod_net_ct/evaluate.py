@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from taskloss import Fidelity, LossSum, TaskOrientedLoss, gradient_maps
 
-from .data import Cases, open_tensors
+from .data import Cases
 from .denoisers import RECIPES, restorer
 from .metrics import dice, holm, image_quality, mean_and_sd, paired, surface_distance_mm
 from .networks import load_denoiser
@@ -86,12 +86,6 @@ def device_of(settings: Settings) -> torch.device:
     return torch.device("cuda" if on_gpu else "cpu")
 
 
-def voxel_mm_of(cases: Cases, index: int, settings: Settings) -> tuple[float, ...]:
-    """The voxel size of a case, `(dz, dy, dx)`; the training's where its file does not say."""
-    stored = open_tensors(cases.paths[index]).get("voxel_mm")
-    return tuple(settings.voxel_mm if stored is None else stored.tolist())
-
-
 def measure_case(
     cases: Cases,
     index: int,
@@ -102,7 +96,7 @@ def measure_case(
 ) -> list[Row]:
     """The rows of one case: both doses through every restorer, judged by every network."""
     normal_hu, low_hu, mask = cases.in_hu(index)
-    voxel_mm = voxel_mm_of(cases, index, settings)
+    voxel_mm = cases.voxel_mm_of(index)
     has_mask = bool(mask.any())
     rows = []
     for dose, given_hu in (("low", low_hu), ("normal", normal_hu)):
@@ -215,7 +209,7 @@ def training_view(cases: Cases, index: int, settings: Settings) -> tuple[Tensor,
     sub-volume, here around the organ. All `(1, 1, D, H, W)`.
     """
     normal_hu, low_hu, mask = cases.in_hu(index)
-    voxel_mm = voxel_mm_of(cases, index, settings)
+    voxel_mm = cases.voxel_mm_of(index)
     size = [max(1, round(n * a / b)) for n, a, b in zip(mask.shape, voxel_mm, settings.voxel_mm, strict=True)]
     volumes = [volume.float()[None, None] for volume in (low_hu, normal_hu, mask)]
     if size != list(mask.shape):

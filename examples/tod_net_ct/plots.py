@@ -23,7 +23,6 @@ from .evaluate import (
     half_trained,
     training_view,
     values_of,
-    voxel_mm_of,
 )
 from .segment import segment
 from .settings import Settings
@@ -60,7 +59,7 @@ def pictures(settings: Settings, run: Path, index: int) -> Pictures:
     """Denoise and segment one test case."""
     cases, device = Cases(run, "test"), device_of(settings)
     normal_hu, low_hu, mask = cases.in_hu(index)
-    voxel_mm = voxel_mm_of(cases, index, settings)
+    voxel_mm = cases.voxel_mm_of(index)
     images = {"normal_dose": normal_hu, "low_dose": low_hu}
     images |= {name: restorer(name, settings, run, device)(low_hu) for name in settings.denoisers}
     networks = {name: load_task(settings, run, name).to(device) for name in settings.task_networks}

@@ -152,7 +152,9 @@ def validate(network: nn.Module, settings: Settings, run: Path, device: torch.de
             restored_hu = restore(lambda unit: slide(network, unit, settings.shape, device), low_hu)
         errors.append(float((to_unit(restored_hu) - to_unit(normal_hu)).square().mean()))
         if judge is not None:
-            overlaps.append(dice(segment(judge, restored_hu), mask))
+            voxel_mm = cases.voxel_mm_of(i)
+            found = segment(judge, restored_hu, voxel_mm, settings.voxel_mm, device=device)
+            overlaps.append(dice(found, mask))
     network.train()
     scores = {"mse": sum(errors) / len(errors)}
     return scores | ({"dice": sum(overlaps) / len(overlaps)} if overlaps else {})
