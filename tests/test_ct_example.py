@@ -75,7 +75,7 @@ def test_a_changed_setting_redoes_what_depends_on_it_alone(run, tmp_path) -> Non
 
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    names = ("cases", "task", "denoisers/mse_wgan", "denoisers/tod_net")
+    names = ("cases", "task/unet", "denoisers/mse_wgan", "denoisers/tod_net")
     stamps = [(copy / name / "manifest.json").stat().st_mtime_ns for name in names]
     assert main(["run", "smoke", "--output", str(copy), "--set", "share_task=3"]) == 0
     redone = [(copy / name / "manifest.json").stat().st_mtime_ns != t for name, t in zip(names, stamps, strict=True)]

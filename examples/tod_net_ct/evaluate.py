@@ -56,7 +56,7 @@ def evaluate(settings: Settings, run: Path) -> Path:
     if not begin(folder, facts):
         shutil.rmtree(done, ignore_errors=True)
     device = device_of(settings)
-    networks = {name: load_task(settings, run, name).to(device) for name in settings.task_networks}
+    networks = judges(settings, run, device)
     restorers: dict[str, Restorer] = {"none": lambda volume_hu: volume_hu}
     restorers |= {name: restorer(name, settings, run, device) for name in settings.denoisers}
     cases = Cases(run, "test")
@@ -78,6 +78,12 @@ def evaluate(settings: Settings, run: Path) -> Path:
     finish(folder, facts, n_cases=len(cases))
     shutil.rmtree(done, ignore_errors=True)
     return folder
+
+
+def judges(settings: Settings, run: Path, device: torch.device) -> dict[str, nn.Module]:
+    """Every task network, in the layout in which 3-D convolutions run fastest."""
+    layout = torch.channels_last_3d
+    return {n: load_task(settings, run, n).to(device, memory_format=layout) for n in settings.task_networks}
 
 
 def device_of(settings: Settings) -> torch.device:

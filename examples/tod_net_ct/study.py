@@ -16,12 +16,12 @@ from pathlib import Path
 from .data import Cases
 from .degrade import degrade
 from .denoisers import restorer
-from .evaluate import Row, device_of, measure_case
+from .evaluate import Row, device_of, judges, measure_case
 from .prepare import prepare
 from .settings import PRESETS, Settings
 from .stage import progress, write_text
 from .train_denoiser import train_denoiser
-from .train_task import load_task, train_task
+from .train_task import train_task
 
 RESULTS = Path(__file__).parent / "results"
 ABLATIONS = (
@@ -83,7 +83,7 @@ def study(settings: Settings, seeds: Sequence[int], names: Sequence[str], output
 def measure(name: str, settings: Settings, run: Path) -> list[Row]:
     """One denoiser on every test case at both doses; "none" measures the images as they come."""
     device = device_of(settings)
-    networks = {n: load_task(settings, run, n).to(device) for n in settings.task_networks}
+    networks = judges(settings, run, device)
     restore = (lambda volume_hu: volume_hu) if name == "none" else restorer(name, settings, run, device)
     cases = Cases(run, "test")
     rows: list[Row] = []
