@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from examples.tod_net_ct.__main__ import main
-from examples.tod_net_ct.data import Cases, open_tensors
+from examples.tod_net_ct.data import Cases
 from examples.tod_net_ct.networks import Denoiser, save_checkpoint
 from examples.tod_net_ct.prepare import prepare
 from examples.tod_net_ct.settings import PRESETS
@@ -320,7 +320,7 @@ def test_a_prepared_case_that_was_tampered_with(fault, lits, tmp_path, monkeypat
     cases = Cases(tmp_path / "run", "test")
     STORED[fault](cases.paths[0])
     with pytest.raises(ValueError, match=r"test-000.pt: expected tensors that this run wrote, got .*; remove the fold"):
-        open_tensors(cases.paths[0])
+        load_tensors(cases.paths[0])
     with pytest.raises(ValueError, match="test-000.pt: expected tensors"):
         cases.in_hu(0)
     assert not (tmp_path / "taken-over").exists()

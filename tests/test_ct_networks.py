@@ -179,7 +179,7 @@ def test_other_checkpoints(tmp_path):
     content = torch.load(path, weights_only=True)
     torch.save({**content, "state_dict": Denoiser(2).state_dict()}, path)
     with pytest.raises(
-        ValueError, match="^d.pt: expected the weights of a Denoiser, got those of another architecture"
+        ValueError, match="^d.pt: expected a denoiser's checkpoint, got the weights of another architecture"
     ):
         load_denoiser(path)
     content["state_dict"]["widen.0.bias"].fill_(float("nan"))

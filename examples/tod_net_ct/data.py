@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from .grid import AIR_HU, crop_or_pad, resample, sub_volume_starts, training_grid
 from .prepare import cases_of, grid_of
-from .stage import save_tensors
+from .stage import load_tensors, save_tensors
 from .volumes import to_unit
 
 
@@ -73,12 +73,12 @@ class Cases(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
     def voxel_mm_of(self, number: int) -> tuple[float, ...]:
         """The voxel size of a whole case, ``(dz, dy, dx)``."""
-        return tuple(open_tensors(self.paths[number])["voxel_mm"].tolist())
+        return tuple(load_tensors(self.paths[number], mmap=True)["voxel_mm"].tolist())
 
     def _original(self, path: Path) -> dict[str, Tensor]:
-        case = open_tensors(path)
+        case = load_tensors(path, mmap=True)
         if "low_hu" not in case:
-            case["low_hu"] = open_tensors(self.run / "low_dose" / path.name)["low_hu"]
+            case["low_hu"] = load_tensors(self.run / "low_dose" / path.name, mmap=True)["low_hu"]
         return case
 
     def _on_training_grid(self, path: Path) -> dict[str, Tensor]:
@@ -96,7 +96,7 @@ class Cases(Dataset[tuple[Tensor, Tensor, Tensor]]):
             )
             mask = resample(case["mask"], source, target, fill=0, nearest=True)
             save_tensors(kept, normal_hu=normal_hu, low_hu=low_hu, mask=mask)  # whole or not: two processes may meet
-        return open_tensors(kept)
+        return load_tensors(kept, mmap=True)
 
     @functools.cached_property
     def _cache(self) -> Path:
@@ -110,22 +110,6 @@ class Cases(Dataset[tuple[Tensor, Tensor, Tensor]]):
             for folder in self._cache.parent.iterdir():
                 if folder != self._cache:
                     shutil.rmtree(folder, ignore_errors=True)
-
-
-def open_tensors(path: Path) -> dict[str, Tensor]:
-    """The file of `save_tensors`, read where it is used; nothing in it is executed.
-
-    Raises:
-        ValueError: the file is missing, damaged, or another's.
-    """
-    try:
-        loaded: dict[str, Tensor] = torch.load(path, weights_only=True, mmap=True)
-    except Exception as error:  # torch reports damage as RuntimeError, UnpicklingError, OSError, EOFError ...
-        what = "got none" if not path.exists() else "got a damaged or foreign file"
-        raise ValueError(
-            f"{path}: expected tensors that this run wrote, {what}; remove the folder {path.parent} and start again"
-        ) from error
-    return loaded
 
 
 def _text(path: Path) -> str:

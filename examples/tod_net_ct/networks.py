@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .volumes import WINDOW_HU, replacing
+from .checkpoint import read_checkpoint, write_checkpoint
+from .volumes import WINDOW_HU
 
 UNET_SIDE_MULTIPLE = 8
 _FORMAT = "taskloss tod_net_ct denoiser 1"
@@ -176,16 +176,9 @@ def save_checkpoint(
                 f"save_checkpoint: expected plain values, got {name} of type {type(value).__name__}; "
                 "convert it to numbers or text"
             )
-    state = {key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()}
     lower, upper = window_hu
-    content = {
-        "format": _FORMAT,
-        "config": dict(network.config),
-        "state_dict": state,
-        "facts": {"window_hu": (float(lower), float(upper)), **facts},
-    }
-    with replacing(path) as unfinished, open(unfinished, "wb") as file:
-        torch.save(content, file)  # an open file: torch writes a path's name into the bytes
+    facts = {"window_hu": (float(lower), float(upper)), **facts}
+    write_checkpoint(path, _FORMAT, network, config=dict(network.config), facts=facts)
     return path
 
 
@@ -197,42 +190,13 @@ def load_denoiser(path: str | os.PathLike[str]) -> Denoiser:
     Raises:
         ValueError: the file is missing, truncated, a stranger's pickle, or of another architecture.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path.name}: expected a denoiser's checkpoint, got no file at {path}; check the path")
-    try:
-        with path.open("rb") as file:
-            start = file.read(4)
-        if start not in (b"PK\x03\x04", b""):  # torch.save writes zip files; anything else is not even tried
-            raise pickle.UnpicklingError
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path.name}: expected a denoiser's checkpoint, got another file, which is not unpickled for safety; "
-            "give a file from save_checkpoint"
-        ) from error
-    except Exception as error:  # torch reports damage as RuntimeError, EOFError, OSError, KeyError, ValueError ...
-        raise ValueError(
-            f"{path.name}: expected a denoiser's checkpoint, got a truncated or damaged file; copy it again or "
-            "train once more"
-        ) from error
-    if not isinstance(content, Mapping) or content.get("format") != _FORMAT:
-        raise ValueError(
-            f"{path.name}: expected a denoiser's checkpoint ({_FORMAT}), got other contents; "
-            "give a file from save_checkpoint"
-        )
-    try:
+
+    def build(content: Mapping[str, Any]) -> Denoiser:
         network = Denoiser(**content["config"])
-        network.load_state_dict(content["state_dict"])
         network.facts = {"window_hu": WINDOW_HU, **content["facts"]}
-    except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path.name}: expected the weights of a Denoiser, got those of another architecture; "
-            "give a file from save_checkpoint of this version"
-        ) from error
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in network.state_dict().values()):
-        raise ValueError(f"{path.name}: expected finite weights, got NaN or infinity; take an earlier checkpoint")
-    return network.eval()
+        return network
+
+    return read_checkpoint(Path(path), _FORMAT, "a denoiser's checkpoint", "a file from save_checkpoint", build)
 
 
 def _is_plain(value: Any) -> bool:

@@ -92,9 +92,19 @@ def save_tensors(path: Path, **tensors: torch.Tensor) -> None:
         torch.save(tensors, file)  # an open file: torch writes a path's name into the bytes
 
 
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read the file of `save_tensors`; nothing in it is executed."""
-    loaded: dict[str, torch.Tensor] = torch.load(path, weights_only=True)
+def load_tensors(path: Path, *, mmap: bool = False) -> dict[str, torch.Tensor]:
+    """Read the file of `save_tensors`; nothing in it is executed. With `mmap` only what is used is read.
+
+    Raises:
+        ValueError: the file is missing, damaged, or another's.
+    """
+    try:
+        loaded: dict[str, torch.Tensor] = torch.load(path, weights_only=True, mmap=mmap)
+    except Exception as error:  # torch reports damage as RuntimeError, UnpicklingError, OSError, EOFError ...
+        what = "got none" if not path.exists() else "got a damaged or foreign file"
+        raise ValueError(
+            f"{path}: expected tensors that this run wrote, {what}; remove the folder {path.parent} and start again"
+        ) from error
     return loaded
 
 

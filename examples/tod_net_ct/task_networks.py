@@ -7,16 +7,14 @@ paper says which families it used, not their sizes; the published code's sizes a
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from .checkpoint import read_checkpoint, write_checkpoint
 from .networks import unet
-from .volumes import replacing
 
 _FORMAT = "taskloss tod_net_ct task network 1"
 SIDE_MULTIPLE = 16  # every side of a volume must divide by this, whatever the network
@@ -165,15 +163,7 @@ def build(name: str, width: int) -> nn.Module:
 
 def save_network(path: str | os.PathLike[str], network: nn.Module, name: str, width: int, **facts: Any) -> None:
     """Write a task network with what is needed to build it again; the file appears whole or not at all."""
-    content = {
-        "format": _FORMAT,
-        "name": name,
-        "width": width,
-        "facts": facts,
-        "state_dict": {key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()},
-    }
-    with replacing(Path(path)) as unfinished, open(unfinished, "wb") as file:
-        torch.save(content, file)
+    write_checkpoint(Path(path), _FORMAT, network, name=name, width=width, facts=facts)
 
 
 def load_network(path: str | os.PathLike[str]) -> nn.Module:
@@ -183,33 +173,11 @@ def load_network(path: str | os.PathLike[str]) -> nn.Module:
     Raises:
         ValueError: the file is missing, damaged, a stranger's pickle, or of another architecture.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path.name}: expected a task network's checkpoint, got no file at {path}; check the path")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path.name}: expected a task network's checkpoint, got another file, which is not unpickled for "
-            "safety; give a weights.pt of the train-task stage"
-        ) from error
-    except Exception as error:
-        raise ValueError(
-            f"{path.name}: expected a task network's checkpoint, got a truncated or damaged file; copy it again or "
-            "train once more"
-        ) from error
-    if not isinstance(content, Mapping) or content.get("format") != _FORMAT:
-        raise ValueError(
-            f"{path.name}: expected a task network's checkpoint ({_FORMAT}), got other contents; "
-            "give a weights.pt of the train-task stage"
-        )
-    try:
+
+    def build_again(content: Mapping[str, Any]) -> nn.Module:
         network = build(content["name"], content["width"])
-        network.load_state_dict(content["state_dict"])
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"{path.name}: expected the weights of {content.get('name')!r}, got those of another architecture; "
-            "give a weights.pt of this version"
-        ) from error
-    network.facts = content.get("facts", {})  # type: ignore[assignment]
-    return network.eval()
+        network.facts = content["facts"]
+        return network
+
+    source = "a weights.pt of the train-task stage"
+    return read_checkpoint(Path(path), _FORMAT, "a task network's checkpoint", source, build_again)
