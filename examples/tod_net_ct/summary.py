@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 
 from .denoisers import title
 from .evaluate import Row
+from .forest import forest
 from .metrics import holm, paired_over_seeds
 from .stage import write_text
 from .tables import TITLES, heading
+from .volumes import replacing
 
 BASELINES = ("mse_wgan", "vgg_wgan", "sa_wgan")
 UNSEEN = ("vnet", "res_unet", "vox_resnet")
@@ -83,6 +85,13 @@ def summarise(results: Path) -> str:
     write_text(results / "study.json", json.dumps(found, indent=1, sort_keys=True) + "\n")
     text = markdown(found)
     write_text(results / "study.md", text)
+    (results / "figures").mkdir(exist_ok=True)
+    for letter, subject, *_ in QUESTIONS:
+        for unit in ("dice", "ssim", "rmse_hu", "psnr_db"):  # one figure for each unit
+            gaps = [g for g in found["answers"] if g["question"] == letter and g["key"].endswith(unit)]
+            if gaps:
+                with replacing(results / "figures" / f"{letter}_{unit}.png") as unfinished:
+                    forest(gaps, subject).savefig(unfinished, format="png")
     if results == Path(__file__).parent / "results":
         for path in READMES:
             write_text(path, refreshed(path.read_text(), readme_part(found)))
