@@ -81,6 +81,7 @@ def summarise(results: Path) -> str:
         "seeds": {name: sorted({r["seed"] for r in rows if r["denoiser"] == name}) for name in _names(rows)},
         "means": {dose: {n: _means(rows, dose, n) for n in _names(rows)} for dose in ("low", "normal")},
         "answers": answers(rows),
+        "pairs": {path.stem: json.loads(path.read_text()) for path in sorted((results / "pairs").glob("*.json"))},
     }
     write_text(results / "study.json", json.dumps(found, indent=1, sort_keys=True) + "\n")
     text = markdown(found)
@@ -138,7 +139,7 @@ def markdown(found: dict[str, Any]) -> str:
         gaps = [gap for gap in found["answers"] if gap["question"] == letter]
         if gaps:
             lines += [f"## ({letter}) {subject}", "", *_gap_table(gaps), ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_pairs_table(found["pairs"]), ""])
 
 
 def readme_part(found: dict[str, Any]) -> str:
@@ -148,7 +149,7 @@ def readme_part(found: dict[str, Any]) -> str:
         gaps = [gap for gap in found["answers"] if gap["question"] == letter]
         if gaps:
             lines += ["", f"**({letter}) {subject}.**", "", *_gap_table(gaps)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_pairs_table(found["pairs"])])
 
 
 def refreshed(text: str, part: str) -> str:
@@ -182,6 +183,27 @@ def _gap_table(gaps: Sequence[dict[str, Any]]) -> list[str]:
         p = "" if gap["by_seed_holm"] is None else f"{gap['by_seed_holm']:.2g}"
         above = f"{gap['n_seeds_above']} of {gap['n_seeds']}"
         lines.append(f"| {pair} | {heading(gap['key'])} | {gap['mean']:+.2f} | {by_seed} | {by_case} | {above} | {p} |")
+    return lines
+
+
+def _pairs_table(pairs: dict[str, Any]) -> list[str]:
+    """Real pairs of quarter and full dose, by the patient that was tested."""
+    if not pairs:
+        return []
+    names = {"none": "quarter dose as it came", "tod_net": "TOD-Net, phantoms only", "fine_tuned": "fine-tuned (MSE)"}
+    lines = [
+        "**Real pairs of quarter and full dose; fine-tuned on the other patient alone.**",
+        "",
+        "| patient | slices | image | RMSE (HU) | PSNR (dB) | SSIM (%) | change of RMSE, 95 % |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for patient, found in pairs.items():
+        for name, numbers in found.items():
+            rmse = numbers["whole_rmse_hu"]
+            means = [f"{numbers[key]['mean']:.2f}" for key in ("whole_rmse_hu", "whole_psnr_db", "whole_ssim")]
+            gap = rmse.get("change")
+            change = f"{gap['mean']:+.2f} ({gap['low']:+.2f} to {gap['high']:+.2f})" if gap else ""
+            lines.append(f"| {patient} | {rmse['n']} | {names.get(name, name)} | {' | '.join(means)} | {change} |")
     return lines
 
 
