@@ -83,7 +83,7 @@ def summarise(results: Path) -> str:
         "answers": answers(rows),
         "pairs": {path.stem: json.loads(path.read_text()) for path in sorted((results / "pairs").glob("*.json"))},
     }
-    write_text(results / "study.json", json.dumps(found, indent=1, sort_keys=True) + "\n")
+    write_text(results / "study.json", json.dumps(found, indent=1) + "\n")
     text = markdown(found)
     write_text(results / "study.md", text)
     (results / "figures").mkdir(exist_ok=True)
