@@ -485,7 +485,7 @@ def test_a_series_that_cannot_take_its_name_gives_it_back(tmp_path, axial, monke
 
 def test_bad_volumes(tmp_path, axial):
     scan = read_series(axial)
-    with pytest.raises(ValueError, match=r"^out: expected a volume of \(4, 5, 6\), got \(5, 6\); give the scan's own"):
+    with pytest.raises(ValueError, match=r"^out: expected a volume of 4x5x6, got 5x6; give the scan's own"):
         write_series(tmp_path / "out", scan.volume_hu[0], scan)
     with pytest.raises(ValueError, match="^out: expected finite HU to write, got NaN"):
         write_series(tmp_path / "out", scan.volume_hu * float("nan"), scan)

@@ -22,6 +22,7 @@ pytest.importorskip("lightning_fabric")
 from examples.tod_net_ct import denoisers, training
 from examples.tod_net_ct.__main__ import main
 from examples.tod_net_ct.degrade import degrade
+from examples.tod_net_ct.networks import load_denoiser
 from examples.tod_net_ct.prepare import prepare
 from examples.tod_net_ct.settings import PRESETS, Settings, from_yaml
 from examples.tod_net_ct.stage import digest, load_tensors
@@ -112,23 +113,43 @@ def test_a_killed_training_goes_on_to_the_same_weights_bit_for_bit(run, tmp_path
     assert not (folder / "last.pt").exists()
 
 
+class KilledError(Exception):
+    """Stands for a kill between two steps."""
+
+
+def kill_at(step: int, patch: pytest.MonkeyPatch) -> None:
+    add = training.Board.add
+
+    def stop(self, row):
+        if row["step"] == step:
+            raise KilledError
+        add(self, row)
+
+    patch.setattr(training.Board, "add", stop)
+
+
+def test_a_training_that_draws_random_numbers_resumes_as_well(run, tmp_path, monkeypatch) -> None:
+    # The gradient penalty draws its lines from torch's generator, whose state the point must hold.
+    settings = replace(TINY, steps=4, save_every=2, validate_every=4)
+    whole = Path(shutil.copytree(run, tmp_path / "whole"))
+    train_denoiser("sa_wgan", settings, whole)
+    with monkeypatch.context() as patch:
+        kill_at(3, patch)
+        with pytest.raises(KilledError):
+            train_denoiser("sa_wgan", settings, run)
+    torch.rand(7)
+    train_denoiser("sa_wgan", settings, run)
+    logs = [(r / "denoisers" / "sa_wgan" / "log.csv").read_text() for r in (whole, run)]
+    assert logs[0] == logs[1]
+
+
 def test_a_task_network_resumes_as_well(run, tmp_path, monkeypatch) -> None:
     settings = replace(TINY, task_steps=(6,), save_every=2)
     whole = Path(shutil.copytree(run, tmp_path / "whole"))
     train_task("unet", settings, whole)
 
-    class KilledError(Exception):
-        pass
-
-    add = training.Board.add
-
-    def stop(self, row):
-        if row["step"] == 5:
-            raise KilledError
-        add(self, row)
-
     with monkeypatch.context() as patch:
-        patch.setattr(training.Board, "add", stop)
+        kill_at(5, patch)
         with pytest.raises(KilledError):
             train_task("unet", settings, run)
     train_task("unet", settings, run)
@@ -190,6 +211,42 @@ def test_every_denoiser_trains_and_restores_a_volume(run, name) -> None:
     if name != "nlm":
         terms = {key.removeprefix("g/") for key in rows_of(folder / "log.csv")[0] if key.startswith("g/")} - {"total"}
         assert terms == set(denoisers.RECIPES[name.partition("@")[0]].terms)
+
+
+def test_the_best_weights_may_be_picked_by_dice(run) -> None:
+    folder = train_denoiser("mse", replace(TINY, steps=3, validate_every=1, select_best="dice"), run)
+    scores = [float(row["validation/dice"]) for row in rows_of(folder / "log.csv")]
+    assert load_denoiser(folder / "best.pt").facts["step"] == 1 + scores.index(max(scores))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["results"]["best_validation"] == pytest.approx(-max(scores))
+
+
+def test_compiled_and_mixed_precision_trainings_leave_plain_checkpoints(run, tmp_path, monkeypatch) -> None:
+    compiled = []
+
+    def compile_eagerly(module, **options):
+        compiled.append(module)
+        return original(module, **(options | {"backend": "eager"}))
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    exact = Path(shutil.copytree(run, tmp_path / "exact"))
+    changed = replace(TINY, steps=1, compile=True, precision="bf16-mixed")
+    folders = [train_denoiser("mse", replace(TINY, steps=1), exact), train_denoiser("mse", changed, run)]
+    assert compiled
+    errors = [float(rows_of(folder / "log.csv")[0]["g/mse"]) for folder in folders]
+    assert errors[0] == pytest.approx(errors[1], rel=0.02) and errors[0] != errors[1], "bf16 rounds, and no more"
+    states = [load_denoiser(folder / "best.pt").state_dict() for folder in folders]
+    assert states[0].keys() == states[1].keys()
+    assert all(value.dtype == torch.float32 for value in states[1].values())
+
+
+def test_another_start_trains_again(run, tmp_path) -> None:
+    first = train_denoiser("mse", replace(TINY, steps=1), run)
+    start = Path(shutil.copy(first / "best.pt", tmp_path / "start.pt"))
+    went_on = train_denoiser("mse", replace(TINY, steps=1, start_from=str(start)), run)
+    assert json.loads((went_on / "manifest.json").read_text())["facts"]["start_from"] == digest(start)
+    assert digest(went_on / "best.pt") != digest(start)
 
 
 def test_the_log_has_terms_norms_and_weights_and_tensorboard_has_them_too(run) -> None:

@@ -108,10 +108,10 @@ def run_all(args: argparse.Namespace, settings: Settings, run: Path) -> Path:
     train_denoisers(args, settings, run, fabric)
     if fabric.is_global_zero:
         evaluate(settings, run)
-        page = report(settings, run)
+        report(settings, run)
         print((run / "table.md").read_text())
     fabric.barrier()
-    return run / "report.html" if not fabric.is_global_zero else page
+    return run / "report.html"
 
 
 def train_tasks(args: argparse.Namespace, settings: Settings, run: Path, fabric: Any = None) -> Path:

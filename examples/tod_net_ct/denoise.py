@@ -19,7 +19,7 @@ from .dicom import Series, read_series
 from .dicom_out import check_folder, write_series
 from .networks import load_denoiser
 from .tiles import STATISTICS, Report, denoise_volume, device_of
-from .volumes import Scan, _check_place, check_nifti_name, read_scan, write_scan
+from .volumes import Scan, check_nifti_name, check_place, read_scan, write_scan
 
 _MEMORY_GB = 8.0
 _PROGRAM_GB = 1.0  # Python, torch and the network, beside the volumes and the features
@@ -199,7 +199,7 @@ def _like(scan: Scan, target: Path, is_nifti: bool, template: str | os.PathLike[
             f"{like.path.name}: expected a template of {tuple(scan.volume_hu.shape)} slices, rows and columns, got "
             f"{tuple(like.volume_hu.shape)}; give the series that {scan.path.name} was made from"
         )
-    _check_place(like.path, "a template", like.affine, like.axes, like.flipped, scan)
+    check_place(like.path, "a template", like.affine, like.axes, like.flipped, scan)
     return like
 
 

@@ -32,9 +32,10 @@ from .networks import Denoiser, load_denoiser
 from .perceptual import perceptual_loss
 from .settings import Settings
 from .stage import load_tensors
+from .tiles import keep_outside
 from .train_autoencoder import load_autoencoder
 from .train_task import dice_loss, load_task
-from .volumes import WINDOW_HU, to_hu, to_unit
+from .volumes import WINDOW_HU, to_unit
 
 
 @dataclass(frozen=True)
@@ -186,10 +187,5 @@ def slide(network: nn.Module, unit: Tensor, patch: tuple[int, int, int], device:
 
 
 def restore(network: Callable[[Tensor], Tensor], volume_hu: Tensor) -> Tensor:
-    """Apply a function on [0, 1] to a volume in HU; what lies outside the window stays, as in `denoise_volume`."""
-    lower, upper = WINDOW_HU
-    found = to_hu(network(to_unit(volume_hu)).clamp(0, 1))
-    outside = (volume_hu < lower) | (volume_hu > upper)
-    back = (found > lower + 0.1 * (upper - lower)) & (found < upper - 0.1 * (upper - lower))
-    far = (volume_hu < lower - 0.5 * (upper - lower)) | (volume_hu > upper + 0.5 * (upper - lower))
-    return torch.where(outside & (far | ~back), volume_hu, found)
+    """Apply a function on [0, 1] to a volume in HU; what lies outside the window is treated as in `denoise_volume`."""
+    return keep_outside(volume_hu, network(to_unit(volume_hu)), WINDOW_HU)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .volumes import Scan, _check_hu, _to_working, _working_axes
+from .volumes import Scan, check_hu, to_working, working_axes
 
 _CT = "1.2.840.10008.5.1.4.1.1.2"
 _MULTI_FRAME = (f"{_CT}.1", f"{_CT}.2")
@@ -58,9 +58,9 @@ def read_series(folder: str | os.PathLike[str], series: str | None = None) -> Se
     for k, header in enumerate(headers):
         dataset, stored = read_slice(Path(header.filename))
         stack[k] = slice_hu(dataset, stored)
-    axes, flipped = _working_axes(folder, affine)
-    volume_hu = _to_working(stack.transpose(2, 1, 0), (1.0, 0.0), axes, flipped)
-    _check_hu(folder, volume_hu)
+    axes, flipped = working_axes(folder, affine)
+    volume_hu = to_working(stack.transpose(2, 1, 0), (1.0, 0.0), axes, flipped)
+    check_hu(folder, volume_hu)
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     dz, dy, dx = (float(lengths[axis]) for axis in axes)
     files = tuple(Path(header.filename) for header in headers)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .dicom import Series, read_slice, rescale, slice_hu
+from .volumes import check_like
 
 # What describes the pixels of the source and not those of its derivative: extremes, thumbnail, signatures.
 _STALE = (
@@ -48,13 +48,7 @@ def write_series(
         ValueError: the shape is wrong, a voxel is not finite, the folder is in use, or it cannot be written.
     """
     folder = check_folder(folder, like.path, overwrite=overwrite)
-    if volume_hu.shape != like.volume_hu.shape:
-        raise ValueError(
-            f"{folder.name}: expected a volume of {tuple(like.volume_hu.shape)}, got {tuple(volume_hu.shape)}; "
-            "give the scan's own shape (slice, row, column)"
-        )
-    if not bool(torch.isfinite(volume_hu).all()):
-        raise ValueError(f"{folder.name}: expected finite HU to write, got NaN or infinity; check the denoiser")
+    check_like(folder, volume_hu, like)
     values = np.ascontiguousarray(volume_hu.detach().cpu().numpy(), np.float32)
     content = hashlib.sha256(values.data).hexdigest() + method
     values = np.flip(values, [k for k in range(3) if like.flipped[k]]).transpose(np.argsort(like.axes))

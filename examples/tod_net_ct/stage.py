@@ -99,7 +99,7 @@ def load_tensors(path: Path, *, mmap: bool = False) -> dict[str, torch.Tensor]:
         ValueError: the file is missing, damaged, or another's.
     """
     try:
-        loaded: dict[str, torch.Tensor] = torch.load(path, weights_only=True, mmap=mmap)
+        loaded: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch reports damage as RuntimeError, UnpicklingError, OSError, EOFError ...
         what = "got none" if not path.exists() else "got a damaged or foreign file"
         raise ValueError(

@@ -78,8 +78,6 @@ def denoise_volume(
     volume_hu = volume_hu.detach().to("cpu", torch.float32)
     size = _tile_size(tile, tuple(volume_hu.shape), network, memory_gib)
     tiles = list(cut(volume_hu.shape, size, network.receptive_radius))
-    lower, upper = window_hu
-    band, back = (upper - lower) / 2, (upper - lower) / 10
     result_hu = volume_hu.clone()
     network = copy.deepcopy(network).to(device).eval()
     report = progress if progress is not None else lambda share: None
@@ -93,15 +91,28 @@ def denoise_volume(
             done = fix_statistics(network, read, tiles, report)
         for n, part in enumerate(tiles, start=1):
             given_hu = volume_hu[part.core]
-            far = (given_hu < lower - band) | (given_hu > upper + band)
-            if not bool(far.all()):  # a tile of air alone is returned as it came
+            if not bool(far_outside(given_hu, window_hu).all()):  # a tile of air alone is returned as it came
                 restored = network(read(part))[0, 0][part.core_in_read].cpu()
-                restored_hu = to_hu(restored.float().clamp_(0, 1), window_hu)
-                stays_below = (given_hu < lower) & (restored_hu <= lower + back)
-                stays_above = (given_hu > upper) & (restored_hu >= upper - back)
-                result_hu[part.core] = torch.where(far | stays_below | stays_above, given_hu, restored_hu)
+                result_hu[part.core] = keep_outside(given_hu, restored.float(), window_hu)
             report(done + (1 - done) * n / len(tiles))
     return result_hu
+
+
+def far_outside(given_hu: Tensor, window_hu: tuple[float, float]) -> Tensor:
+    """Where a volume lies more than half the window's width beyond the window."""
+    lower, upper = window_hu
+    band = (upper - lower) / 2
+    return (given_hu < lower - band) | (given_hu > upper + band)
+
+
+def keep_outside(given_hu: Tensor, restored: Tensor, window_hu: tuple[float, float]) -> Tensor:
+    """A denoiser's output in [0, 1] back in HU, with what the window hid put back: the rule of `denoise_volume`."""
+    lower, upper = window_hu
+    back = (upper - lower) / 10
+    restored_hu = to_hu(restored.clamp(0, 1), window_hu)
+    stays_below = (given_hu < lower) & (restored_hu <= lower + back)
+    stays_above = (given_hu > upper) & (restored_hu >= upper - back)
+    return torch.where(far_outside(given_hu, window_hu) | stays_below | stays_above, given_hu, restored_hu)
 
 
 class Tile(NamedTuple):

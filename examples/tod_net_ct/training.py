@@ -64,7 +64,8 @@ def batches(cases: Cases, batch: int, settings: Settings, fabric: Any, start: in
                 yield waiting[:batch][fabric.global_rank :: fabric.world_size]
             waiting = waiting[batch:]
 
-    loader = DataLoader(cases, batch_sampler=indices(), num_workers=settings.workers)  # type: ignore[arg-type]
+    own = torch.Generator()  # else the loader draws from torch's, and a resumed training draws otherwise
+    loader = DataLoader(cases, batch_sampler=indices(), num_workers=settings.workers, generator=own)  # type: ignore[arg-type]
     for tensors in loader:
         yield [fabric.to_device(tensor) for tensor in tensors]
 

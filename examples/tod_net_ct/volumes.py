@@ -92,9 +92,9 @@ def read_scan(path: str | os.PathLike[str]) -> Scan:
 
         return read_series(path)
     raw, header, affine, scaling = _read_nifti(path)
-    axes, flipped = _working_axes(path, affine)
-    volume_hu = _to_working(raw, scaling, axes, flipped)
-    _check_hu(path, volume_hu)
+    axes, flipped = working_axes(path, affine)
+    volume_hu = to_working(raw, scaling, axes, flipped)
+    check_hu(path, volume_hu)
     lengths = np.linalg.norm(affine[:3, :3], axis=0) * _mm_per_unit(header)
     dz, dy, dx = (float(lengths[axis]) for axis in axes)
     header.set_slope_inter(*scaling)  # nibabel blanks these on reading
@@ -113,7 +113,7 @@ def read_low_dose(path: str | os.PathLike[str], like: Scan) -> Scan:
             f"{like.path.name}: the low dose is {_by(low.volume_hu.shape)} but the scan is {_by(like.volume_hu.shape)} "
             "(slices, rows, columns); check the pair"
         )
-    _check_place(low.path, "a low dose", low.affine, low.axes, low.flipped, like)
+    check_place(low.path, "a low dose", low.affine, low.axes, low.flipped, like)
     return low
 
 
@@ -129,14 +129,14 @@ def read_label(path: str | os.PathLike[str], like: Scan, *, allow_empty: bool = 
     """
     path = Path(path)
     raw, _, affine, scaling = _read_nifti(path)
-    axes, flipped = _working_axes(path, affine)
-    values = _to_working(raw, scaling, axes, flipped)
+    axes, flipped = working_axes(path, affine)
+    values = to_working(raw, scaling, axes, flipped)
     if values.shape != like.volume_hu.shape:
         scan_shape = [like.volume_hu.shape[like.axes.index(axis)] for axis in range(3)]  # in the file's order
         raise ValueError(
             f"{like.path.name}: labels are {_by(raw.shape[:3])} but the scan is {_by(scan_shape)}; check the pair"
         )
-    _check_place(path, "labels", affine, axes, flipped, like)
+    check_place(path, "labels", affine, axes, flipped, like)
     if not bool(((values >= 0) & (values <= 255) & (values == values.round())).all()):
         raise ValueError(
             f"{path.name}: expected whole class numbers in 0..255, got {values.min():g} to {values.max():g} with "
@@ -165,13 +165,7 @@ def write_scan(path: str | os.PathLike[str], volume_hu: Tensor, like: Scan) -> P
     from nibabel.casting import float_to_int
 
     path = check_nifti_name(path)
-    if volume_hu.shape != like.volume_hu.shape:
-        raise ValueError(
-            f"{path.name}: expected a volume of {_by(like.volume_hu.shape)}, got {_by(volume_hu.shape)}; "
-            "give the scan's own shape (slice, row, column)"
-        )
-    if not bool(torch.isfinite(volume_hu).all()):
-        raise ValueError(f"{path.name}: expected finite HU to write, got NaN or infinity; check the denoiser")
+    check_like(path, volume_hu, like)
     values = volume_hu.detach().cpu().numpy()
     values = np.flip(values, [k for k in range(3) if like.flipped[k]]).transpose(np.argsort(like.axes))
     header = like.header.copy()
@@ -270,7 +264,7 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, Any, np.ndarray, tuple[float, f
     return raw.reshape(raw.shape[:3]), image.header, affine, scaling
 
 
-def _working_axes(path: Path, affine: np.ndarray) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
+def working_axes(path: Path, affine: np.ndarray) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
     """Return the file axis behind z, y and x, and whether each is flipped."""
     import nibabel as nib
 
@@ -289,7 +283,7 @@ def _working_axes(path: Path, affine: np.ndarray) -> tuple[tuple[int, int, int],
     return axes, (bool(towards[0] < 0), bool(towards[1] > 0), bool(towards[2] > 0))
 
 
-def _to_working(
+def to_working(
     raw: np.ndarray, scaling: tuple[float, float], axes: tuple[int, int, int], flipped: tuple[bool, bool, bool]
 ) -> Tensor:
     values = np.flip(raw.transpose(axes), [k for k in range(3) if flipped[k]])
@@ -299,7 +293,7 @@ def _to_working(
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
 
 
-def _check_place(
+def check_place(
     path: Path, what: str, affine: np.ndarray, axes: tuple[int, ...], flipped: tuple[bool, ...], like: Scan
 ) -> None:
     """Refuse a grid whose corners lie more than half a voxel away from the scan's."""
@@ -331,7 +325,18 @@ def _mm_per_unit(header: Any) -> float:
     return _MM_PER_UNIT.get(header.get_xyzt_units()[0], 1.0) if hasattr(header, "get_xyzt_units") else 1.0
 
 
-def _check_hu(path: Path, volume_hu: Tensor) -> None:
+def check_like(path: Path, volume_hu: Tensor, like: Scan) -> None:
+    """Refuse to write what is not a volume of the scan's shape with finite HU."""
+    if volume_hu.shape != like.volume_hu.shape:
+        raise ValueError(
+            f"{path.name}: expected a volume of {_by(like.volume_hu.shape)}, got {_by(volume_hu.shape)}; "
+            "give the scan's own shape (slice, row, column)"
+        )
+    if not bool(torch.isfinite(volume_hu).all()):
+        raise ValueError(f"{path.name}: expected finite HU to write, got NaN or infinity; check the denoiser")
+
+
+def check_hu(path: Path, volume_hu: Tensor) -> None:
     bad = int((~torch.isfinite(volume_hu)).sum())
     if bad:
         raise ValueError(
