@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("monai")
 
-from examples.tod_net_ct import denoisers, study, summary
+from examples.tod_net_ct import cost, denoisers, study, summary
 from examples.tod_net_ct.__main__ import main
 from examples.tod_net_ct.networks import Denoiser, save_checkpoint
 from examples.tod_net_ct.settings import PRESETS, Settings
@@ -68,8 +68,18 @@ def test_a_question_without_measurements_is_left_out_and_none_at_all_is_one_sent
 
 
 def test_the_readme_is_refreshed_between_its_marks_alone() -> None:
-    text = f"before\n{summary.BEGIN}\nold\n{summary.END}\nafter\n"
-    assert summary.refreshed(text, r"new \1") == f"before\n{summary.BEGIN}\nnew \\1\n{summary.END}\nafter\n"
+    begin = "begin, written by `study --summary-only`"
+    text = "\n".join(f"before\n<!-- {m}: {begin} -->\nold\n<!-- {m}: end -->" for m in ("cost", "study"))
+    assert summary.refreshed(text, r"new \1") == text.replace("-->\nold\n<!-- study", "-->\nnew \\1\n<!-- study")
+    assert summary.refreshed(text, "new", "cost") == text.replace("old", "new", 1)
+
+
+def test_the_cost_is_extrapolated_by_voxels() -> None:
+    measured = [{"side": s, "cpu_seconds_per_step": s * s / 256, "peak_gb": 1 + s * s / 4096} for s in (64, 128)]
+    words = " ".join(cost.sentences(measured))
+    # 64 x 64 is a 64th of the paper's step: 64 times 16 s, and 64 times its 1 GB above the start
+    assert "takes 17 to 17 minutes of a core and about 64 GB" in words
+    assert cost.flop_per_voxel(1) == 6 * 27 * (2 * (1 + 2 + 8 + 32))
 
 
 @pytest.mark.skipif(not (RESULTS / "study.json").exists(), reason="no study is committed")
@@ -85,9 +95,7 @@ def test_the_committed_numbers_are_those_of_the_committed_measurements(tmp_path)
     found = json.loads((copy / "study.json").read_text())
     for path in summary.READMES:
         text = path.read_text()
-        assert summary.refreshed(text, summary.readme_part(found)) == text, (
-            f"{path.name} is stale: study --summary-only"
-        )
+        assert summary.readme(text, found, RESULTS) == text, f"{path.name} is stale: study --summary-only"
 
 
 def test_a_study_measures_what_is_missing_and_nothing_else(tmp_path, monkeypatch) -> None:

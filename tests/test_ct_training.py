@@ -166,12 +166,18 @@ def test_other_settings_do_not_resume_from_an_old_point(run) -> None:
     assert (folder / "manifest.json").exists()
 
 
-def test_two_processes_train_the_same_denoiser(run, tmp_path) -> None:
+@pytest.mark.parametrize("launcher", ["devices=2", "torchrun"])
+def test_two_processes_train_the_same_denoiser(run, tmp_path, launcher) -> None:
     # Statistics over a batch (batch norm in the critic, batch Dice) would be each process's own.
     settings = replace(TINY, steps=3, validate_every=1, batch=2, critic_norm="instance", dice="sample")
     alone = Path(shutil.copytree(run, tmp_path / "alone"))
     train_denoiser("tod_net", settings, alone)
-    subprocess.run(command(run, replace(settings, devices="2"), "tod_net"), cwd=ROOT, env=environment(), check=True)
+    if launcher == "torchrun":
+        words = command(run, settings, "tod_net")
+        words[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    else:
+        words = command(run, replace(settings, devices="2"), "tod_net")
+    subprocess.run(words, cwd=ROOT, env=environment(), check=True)
     theirs, ours = (rows_of(r / "denoisers" / "tod_net" / "log.csv") for r in (alone, run))
     assert len(ours) == len(theirs) == 3
     for a, b in zip(ours, theirs, strict=True):

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import calibrate, degrade, denoise, pairs, study
+from . import calibrate, cost, degrade, denoise, pairs, study
 from .evaluate import evaluate
 from .prepare import prepare
 from .report import report
@@ -25,8 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.command == "denoise":
             return denoise.main(args)
-        if args.command in ("study", "pairs"):
-            return {"study": study, "pairs": pairs}[args.command].main(args)
+        if args.command in ("study", "pairs", "cost"):
+            return {"study": study, "pairs": pairs, "cost": cost}[args.command].main(args)
         began = time.perf_counter()
         settings = settings_of(args)
         result = COMMANDS[args.command](args, settings, args.output)
@@ -67,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--only", nargs="+", metavar="NAME", help="these alone (default: all of the settings)")
     denoise.add_arguments(commands.add_parser("denoise", help="restore one volume: NIfTI or DICOM in and out"))
     pairs.add_arguments(commands.add_parser("pairs", help="denoisers on real pairs of low and normal dose"))
+    cost.add_arguments(commands.add_parser("cost", help="what a step of the paper's settings takes"))
     study.add_arguments(commands.add_parser("study", help="the demo over several seeds: every denoiser, every network"))
     return top
 

@@ -44,7 +44,7 @@ class SelfAttention3d(nn.Module):
     The factor of the sum starts at zero, as in the original.
     """
 
-    def __init__(self, channels: int, grid: int = 16) -> None:
+    def __init__(self, channels: int, grid: int = 8) -> None:
         super().__init__()
         self.query, self.key = (nn.Conv3d(channels, max(1, channels // 2), 1) for _ in range(2))
         self.value = nn.Conv3d(channels, channels, 3, padding=1)
@@ -78,8 +78,9 @@ class SelfAttentionDenoiser(nn.Module):
     Adds the input image to the output, as TOD-Net's denoiser does; the original does not say.
 
     Reference:
-        Li et al., SACNN, IEEE Transactions on Medical Imaging 2020 (64, 32, 16, 32, 64 channels at width 16). No
-        reliable public code exists; this follows the abstract and the layer list of a port.
+        Li et al., SACNN, IEEE Transactions on Medical Imaging 2020 (64, 32, 16, 32, 64 channels at width 16). This
+        follows the abstract and the layer list of a port (guoyii/SACNN); the first author's own script
+        (mmlipku/sacnn) trains a CNN with MSE alone, without adversary and autoencoder.
     """
 
     def __init__(self, width: int = 16) -> None:

@@ -52,7 +52,8 @@ RECIPES = {
     "tod_net": Recipe("TOD-Net", ("adv", "task", "mse")),
     "mse_wgan": Recipe("MSE-WGAN", ("adv", "mse")),
     "vgg_wgan": Recipe("VGG-WGAN", ("adv", "perceptual"), constraint="penalty"),
-    "sa_wgan": Recipe("SA-WGAN", ("adv", "autoencoder"), constraint="penalty", network="sacnn"),
+    # MSE beside the autoencoder's distance, as its first author's published script and the public port have it
+    "sa_wgan": Recipe("SA-WGAN", ("adv", "autoencoder", "mse"), constraint="penalty", network="sacnn"),
     "mse": Recipe("MSE", ("mse",)),
     "cnn_mse": Recipe("CNN, MSE", ("mse",), network="cnn"),
     "label_free": Recipe("TOD-Net, label-free", ("adv", "consistency", "mse")),
@@ -64,7 +65,7 @@ FILTERS: dict[str, tuple[str, Callable[[Tensor, float], Tensor]]] = {
 
 
 def parse(name: str, settings: Settings) -> tuple[str, Settings]:
-    """A denoiser's name without its changes, and the settings with them.
+    """A denoiser's name without its changes, and the settings with what was tuned for it, then with its changes.
 
     Raises:
         ValueError: the denoiser or a changed setting does not exist.
@@ -72,7 +73,8 @@ def parse(name: str, settings: Settings) -> tuple[str, Settings]:
     kind, _, changes = name.partition("@")
     if kind not in RECIPES and kind not in FILTERS:
         raise ValueError(f"denoisers: expected some of {', '.join((*RECIPES, *FILTERS))}; got {name!r}")
-    items = [item.partition("=") for item in changes.split(";") if item]
+    tuned = [entry.partition("@")[2] for entry in settings.tuned if entry.partition("@")[0] == kind]
+    items = [item.partition("=") for item in ";".join([*tuned, changes]).split(";") if item]
     return kind, settings.with_overrides({field: value for field, _, value in items})
 
 

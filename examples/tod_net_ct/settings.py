@@ -81,6 +81,7 @@ class Settings:
     share_task: float = 2.0
     share_mse: float = 1.0
     share_perceptual: float = 1.0
+    tuned: tuple[str, ...] = ()  # what a denoiser has of its own, as in vgg_wgan@share_adv=0.03; see `study --tune`
     validate_every: int = 50
     save_every: int = 50  # steps between checkpoints from which a killed run resumes
     select_best: str = "mse"  # on validation; the paper does not say which performance; or "dice", of the first guide

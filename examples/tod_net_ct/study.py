@@ -9,21 +9,25 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from .data import Cases
 from .degrade import degrade
-from .denoisers import restorer
+from .denoisers import RECIPES, restorer
 from .evaluate import Row, device_of, judges, measure_case
 from .prepare import prepare
 from .settings import PRESETS, Settings
-from .stage import progress, write_text
+from .stage import progress, results_of, write_text
 from .train_denoiser import train_denoiser
 from .train_task import train_task
 
 RESULTS = Path(__file__).parent / "results"
+TUNING = {"share_adv": (0.3, 0.03, 0.003)}  # the one knob that all of the compared denoisers have
 ABLATIONS = (
     "mse_wgan@balance=false",
     "tod_net@balance=false",  # the paper's fixed weights
@@ -44,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, default=Path("runs/study"), help="folder of the runs (default: runs/study)"
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the measurements and their summary")
+    parser.add_argument("--tune", action="store_true", help="compare settings on the first seed's validation cases")
     parser.add_argument("--summary-only", action="store_true", help="only read what was measured and write it up")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a setting")
 
@@ -53,6 +58,10 @@ def main(args: argparse.Namespace) -> int:
     from .summary import summarise
 
     settings = PRESETS["study"].with_overrides(dict(item.partition("=")[::2] for item in args.set))
+    if args.tune:
+        names = args.denoisers or [n for n in settings.denoisers if "adv" in RECIPES[n].terms]
+        print(json.dumps(tune(settings, names, args.output, args.results), indent=1))
+        return 0
     if not args.summary_only:
         names = args.denoisers or (*settings.denoisers, *ABLATIONS)
         study(settings, args.seeds, names, args.output, args.results)
@@ -70,14 +79,43 @@ def study(settings: Settings, seeds: Sequence[int], names: Sequence[str], output
             run = output / f"seed-{seed}"
             missing = [n for n in ("none", *group) if not file_of(results, seed, n).exists()]
             if missing:
-                prepare(one, run)
-                degrade(one, run)
-                for network in one.task_networks:
-                    train_task(network, one, run)
+                make_ready(one, run, one.task_networks)
             for name in missing:
                 if name != "none":
                     train_denoiser(name, one, run)
                 write_text(file_of(results, seed, name), as_csv(measure(name, one, run)))
+
+
+def tune(settings: Settings, names: Sequence[str], output: Path, results: Path) -> dict[str, Any]:
+    """Train each denoiser with each value of `TUNING`, compare the errors on the validation cases, and write
+    ``tuning.json``: the same grid, the same number of trainings and the same rule for all.
+    """
+    run = output / f"seed-{settings.seed}"
+    make_ready(settings, run, settings.guides)
+    ((field, values),) = TUNING.items()
+    found: dict[str, dict[str, float]] = {}
+    with suppress(OSError, json.JSONDecodeError):  # another process may have written its part
+        found = json.loads((results / "tuning.json").read_text())["validation_mse"]
+    for name in names:
+        found[name] = {}
+        for value in values:
+            folder = train_denoiser(f"{name}@{field}={value}", settings, run)
+            found[name][str(value)] = round(results_of(folder)["best_validation"], 7)
+    best = {name: min(errors, key=errors.__getitem__) for name, errors in found.items()}
+    tuning = {
+        "seed": settings.seed, "field": field, "validation_mse": found,
+        "tuned": [f"{name}@{field}={value}" for name, value in best.items()],
+    }  # fmt: skip
+    write_text(results / "tuning.json", json.dumps(tuning, indent=1) + "\n")
+    return tuning
+
+
+def make_ready(settings: Settings, run: Path, networks: Sequence[str]) -> None:
+    """What every denoiser of a seed stands on: the cases at both doses, and trained task networks."""
+    prepare(settings, run)
+    degrade(settings, run)
+    for network in networks:
+        train_task(network, settings, run)
 
 
 def measure(name: str, settings: Settings, run: Path) -> list[Row]:

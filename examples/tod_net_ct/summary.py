@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .cost import sentences
 from .denoisers import title
 from .evaluate import Row
 from .forest import forest
@@ -22,7 +23,6 @@ BASELINES = ("mse_wgan", "vgg_wgan", "sa_wgan")
 UNSEEN = ("vnet", "res_unet", "vox_resnet")
 NETWORKS = ("unet", *UNSEEN)
 COLUMNS = ("roi_ssim", "roi_rmse_hu", "roi_psnr_db", "whole_ssim", "whole_rmse_hu", "whole_psnr_db")
-BEGIN, END = "<!-- study: begin, written by `study --summary-only` -->", "<!-- study: end -->"
 READMES = (Path(__file__).parent / "README.md",)
 
 DICE = tuple(f"{name}_dice" for name in NETWORKS)
@@ -95,7 +95,7 @@ def summarise(results: Path) -> str:
                     forest(gaps, subject).savefig(unfinished, format="png")
     if results == Path(__file__).parent / "results":
         for path in READMES:
-            write_text(path, refreshed(path.read_text(), readme_part(found)))
+            write_text(path, readme(path.read_text(), found, results))
     return text
 
 
@@ -152,9 +152,17 @@ def readme_part(found: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *_pairs_table(found["pairs"])])
 
 
-def refreshed(text: str, part: str) -> str:
-    """A README with what stands between the study's marks replaced."""
-    return re.sub(f"(?s){re.escape(BEGIN)}.*{re.escape(END)}", lambda _: f"{BEGIN}\n{part}\n{END}", text)
+def refreshed(text: str, part: str, mark: str = "study") -> str:
+    """A README with what stands between a pair of marks replaced."""
+    begin, end = (f"<!-- {mark}: {word} -->" for word in ("begin, written by `study --summary-only`", "end"))
+    return re.sub(f"(?s)(?<={re.escape(begin)}\n).*?(?={re.escape(end)})", lambda _: f"{part}\n", text)
+
+
+def readme(text: str, found: dict[str, Any], results: Path) -> str:
+    """The README with its study and its cost as they are now."""
+    text = refreshed(text, readme_part(found))
+    path = results / "cost.json"
+    return refreshed(text, "\n".join(sentences(json.loads(path.read_text()))), "cost") if path.exists() else text
 
 
 def _means_table(found: dict[str, Any], keys: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import os
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
@@ -24,18 +25,18 @@ def machine(settings: Settings) -> Any:
     from lightning_fabric import Fabric
     from lightning_fabric.strategies import DDPStrategy
 
-    several = (
-        settings.devices not in ("auto", "1") or settings.nodes > 1 or torch.distributed.is_torchelastic_launched()
-    )
-    if settings.devices == "auto":
-        several = several or torch.cuda.device_count() > 1
+    devices, nodes = settings.devices, settings.nodes
+    if torch.distributed.is_torchelastic_launched():  # torchrun has said how many, and where
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        devices, nodes = str(local), int(os.environ["WORLD_SIZE"]) // local
+    n_devices = max(1, torch.cuda.device_count()) if devices == "auto" else int(devices)
     fabric = Fabric(
         accelerator=settings.accelerator,
-        devices="auto" if settings.devices == "auto" else int(settings.devices),
-        num_nodes=settings.nodes,
+        devices="auto" if devices == "auto" else n_devices,
+        num_nodes=nodes,
         precision=settings.precision,  # type: ignore[arg-type]
         # Simulating a whole archive on the first process may take days; the others wait at a barrier.
-        strategy=DDPStrategy(timeout=timedelta(days=7)) if several else "auto",
+        strategy=DDPStrategy(timeout=timedelta(days=7)) if n_devices * nodes > 1 else "auto",
     )
     fabric.launch()
     # Harmless: a weight with one input channel has the same layout in both memory formats, under different strides.
