@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python -m
 
-.PHONY: demo test check format mutants clean
+.PHONY: demo test check format mutants bench bench-compare clean
 
 demo: .venv/ready  ## phantoms -> low dose -> U-Net -> MSE-WGAN and TOD-Net -> runs/demo/report.html
 	$(RUN) examples.tod_net_ct run demo --output runs/demo
@@ -23,6 +23,16 @@ format: .venv/ready
 
 mutants: .venv/ready  ## break the library one line at a time and show that a test dies each time
 	$(RUN) tests.mutants
+
+bench: .venv/bench-ready  ## every benchmark beside its peers -> benchmarks/results/, docs/benchmarks.md
+	$(RUN) benchmarks
+
+bench-compare: .venv/bench-ready  ## what became slower than the committed result of this machine
+	$(RUN) benchmarks --compare
+
+.venv/bench-ready: .venv/ready
+	$(BIN)/pip install --quiet -e ".[dev,bench]"
+	touch $@
 
 .venv/ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("monai")
 
-from examples.tod_net_ct import cost, denoisers, study, summary
+from examples.tod_net_ct import cost, denoisers, stage, study, summary
 from examples.tod_net_ct.__main__ import main
 from examples.tod_net_ct.networks import Denoiser, save_checkpoint
 from examples.tod_net_ct.settings import PRESETS, Settings
@@ -100,8 +100,8 @@ def test_the_committed_numbers_are_those_of_the_committed_measurements(tmp_path)
 
 def test_a_study_measures_what_is_missing_and_nothing_else(tmp_path, monkeypatch) -> None:
     done: list[tuple[str, int]] = []
-    for stage in ("prepare", "degrade", "train_task"):
-        monkeypatch.setattr(study, stage, lambda *_: None)
+    for name in ("prepare", "degrade", "train_task"):
+        monkeypatch.setattr(study, name, lambda *_: None)
     monkeypatch.setattr(study, "train_denoiser", lambda name, settings, run: done.append((name, settings.seed)))
     monkeypatch.setattr(study, "measure", lambda name, settings, run: rows(name, "low", 0) + rows(name, "normal", 0))
     names = ("tod_net", study.ABLATIONS[0])
@@ -153,3 +153,42 @@ def test_a_training_starts_from_a_checkpoint_of_the_same_architecture(tmp_path) 
     assert torch.equal(network.widen[0].weight, trained.widen[0].weight)
     with pytest.raises(ValueError, match="start_from: .*best.pt has"):
         denoisers.network_of(denoisers.RECIPES["mse"], replace(settings, width=3))
+
+
+def test_what_was_tuned_comes_before_a_names_own_changes() -> None:
+    settings = replace(Settings(), tuned=("vgg_wgan@share_adv=0.03", "tod_net@share_adv=0.1;clip=0.5"))
+    assert denoisers.parse("vgg_wgan", settings)[1].share_adv == 0.03
+    assert denoisers.parse("mse_wgan", settings)[1].share_adv == Settings().share_adv
+    changed = denoisers.parse("tod_net@clip=0.2", settings)[1]
+    assert (changed.share_adv, changed.clip) == (0.1, 0.2)
+
+
+def test_tuning_tries_the_same_values_on_every_denoiser_and_keeps_what_others_wrote(tmp_path, monkeypatch) -> None:
+    trained: list[str] = []
+    monkeypatch.setattr(study, "make_ready", lambda *_: None)
+    monkeypatch.setattr(study, "train_denoiser", lambda name, settings, run: trained.append(name) or name)
+    errors = {"0.3": 0.2, "0.03": 0.1, "0.003": 0.3}
+    monkeypatch.setattr(study, "results_of", lambda name: {"best_validation": errors[name.partition("=")[2]]})
+    study.tune(Settings(), ["mse_wgan"], tmp_path / "runs", tmp_path)
+    tuning = study.tune(Settings(), ["tod_net"], tmp_path / "runs", tmp_path)
+    assert trained == [f"{n}@share_adv={v}" for n in ("mse_wgan", "tod_net") for v in errors]
+    assert tuning["tuned"] == ["mse_wgan@share_adv=0.03", "tod_net@share_adv=0.03"]
+    assert json.loads((tmp_path / "tuning.json").read_text()) == tuning
+    assert "| MSE-WGAN | 0.200000 | **0.100000** | 0.300000 |" in summary._tuning_table(tuning)
+
+
+@pytest.mark.skipif(not (RESULTS / "tuning.json").exists(), reason="no tuning is committed")
+def test_the_study_runs_with_what_the_committed_tuning_chose() -> None:
+    assert list(PRESETS["study"].tuned) == json.loads((RESULTS / "tuning.json").read_text())["tuned"]
+
+
+def test_a_training_under_another_name_is_not_done_twice(tmp_path) -> None:
+    facts = {"denoiser": "tod_net@clip=0.2", "clip": 0.2, "seed": 3}
+    stage.begin(tmp_path / "first", facts)
+    (tmp_path / "first" / "best.pt").write_bytes(b"weights")
+    stage.finish(tmp_path / "first", facts, best_validation=0.5)
+    assert not stage.take_twin(tmp_path / "other", {**facts, "seed": 4}, "denoiser")
+    own = {**facts, "denoiser": "tod_net"}
+    assert stage.take_twin(tmp_path / "second", own, "denoiser") and stage.is_done(tmp_path / "second", own)
+    assert (tmp_path / "second" / "best.pt").read_bytes() == b"weights"
+    assert stage.results_of(tmp_path / "second") == {"best_validation": 0.5}

@@ -55,6 +55,7 @@ RECIPES = {
     # MSE beside the autoencoder's distance, as its first author's published script and the public port have it
     "sa_wgan": Recipe("SA-WGAN", ("adv", "autoencoder", "mse"), constraint="penalty", network="sacnn"),
     "mse": Recipe("MSE", ("mse",)),
+    "sacnn_mse": Recipe("SACNN, MSE", ("mse",), network="sacnn"),
     "cnn_mse": Recipe("CNN, MSE", ("mse",), network="cnn"),
     "label_free": Recipe("TOD-Net, label-free", ("adv", "consistency", "mse")),
 }
@@ -86,11 +87,13 @@ def title(name: str) -> str:
 
 
 def network_of(recipe: Recipe, settings: Settings) -> nn.Module:
-    """A new denoiser of about the same size for every recipe."""
-    if recipe.network == "sacnn":
-        return SelfAttentionDenoiser(max(1, settings.width * 16 // 32))
-    if recipe.network == "cnn":
-        return ThreeLayerCNN(2 * settings.width)
+    """A new denoiser; `width` scales every kind of network by the same factor from its paper's size."""
+    if recipe.network in ("sacnn", "cnn"):
+        sacnn = recipe.network == "sacnn"
+        network = SelfAttentionDenoiser(max(1, settings.width // 2)) if sacnn else ThreeLayerCNN(2 * settings.width)
+        if settings.start_from:
+            network.load_state_dict(load_tensors(Path(settings.start_from)))
+        return network
     denoiser = Denoiser(settings.width, norm=settings.norm, final_activation=settings.final_activation)
     if settings.recompute and settings.norm == "batch":
         raise ValueError("recompute: batch norm would count every batch twice; --set norm=instance, or recompute=false")
@@ -184,6 +187,7 @@ def slide(network: nn.Module, unit: Tensor, patch: tuple[int, int, int], device:
         return network(unit[None, None].to(device))[0, 0].cpu()
     from monai.inferers import SlidingWindowInferer
 
+    patch = tuple(min(side, n) for side, n in zip(patch, unit.shape, strict=True))  # else it would pad with air
     infer = SlidingWindowInferer(patch, overlap=0.25, mode="gaussian", sw_device=device, device="cpu")
     return infer(unit[None, None], network)[0, 0]
 

@@ -6,16 +6,19 @@ import argparse
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from .denoise import denoise_volume
 from .layouts import find_cases
 from .metrics import image_quality, mean_and_sd, paired
 from .networks import load_denoiser
 from .stage import progress, write_text
-from .volumes import WINDOW_HU, read_low_dose, read_scan
+from .volumes import read_low_dose, read_scan
 
 QUALITY = ("whole_rmse_hu", "whole_psnr_db", "whole_ssim")
 
@@ -35,8 +38,9 @@ def main(args: argparse.Namespace) -> int:
     for item in args.checkpoint:
         if "=" not in item:
             raise ValueError(f"--checkpoint {item}: expected NAME=FILE, for example --checkpoint tod_net=best.pt")
-    checkpoints = dict(item.split("=", 1) for item in args.checkpoint)
-    rows = measure_pairs(args.data, checkpoints, args.patient)
+    networks = {name: load_denoiser(path) for name, path in (item.split("=", 1) for item in args.checkpoint)}
+    restorers = {name: partial(denoise_volume, network) for name, network in networks.items()}
+    rows = measure_pairs(args.data, restorers, args.patient)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -50,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def measure_pairs(
-    data: Path, checkpoints: Mapping[str, str | Path], patient: str | None = None
+    data: Path, restorers: Mapping[str, Callable[[Tensor], Tensor]], patient: str | None = None
 ) -> list[dict[str, Any]]:
     """A row for each pair and denoiser ("none" for the low dose as it came): RMSE, PSNR and SSIM against normal dose.
 
@@ -60,7 +64,6 @@ def measure_pairs(
     cases = [case for case in find_cases(data) if case.low is not None and patient in (None, case.patient)]
     if not cases:
         raise ValueError(f"{data}: expected pairs like NAME_full.nii.gz and NAME_quarter.nii.gz, found none")
-    networks = {name: load_denoiser(path) for name, path in checkpoints.items()}
     rows = []
     for case in progress(cases, "real pairs"):
         scan = read_scan(case.scan)
@@ -68,7 +71,7 @@ def measure_pairs(
         low_hu = read_low_dose(case.low, scan).volume_hu
         everywhere = (scan.volume_hu > -1e9).to(scan.volume_hu.dtype)
         images = {"none": low_hu}
-        images |= {name: denoise_volume(network, low_hu, WINDOW_HU) for name, network in networks.items()}
+        images |= {name: restore(low_hu) for name, restore in restorers.items()}
         for name, image in images.items():
             quality = image_quality(image, scan.volume_hu, everywhere)
             rows.append({"case": case.name, "denoiser": name, **{key: round(quality[key], 4) for key in QUALITY}})

@@ -21,6 +21,7 @@ from .degrade import degrade
 from .denoisers import RECIPES, restorer
 from .evaluate import Row, device_of, judges, measure_case
 from .prepare import prepare
+from .real import real_pairs, real_scans
 from .settings import PRESETS, Settings
 from .stage import progress, results_of, write_text
 from .train_denoiser import train_denoiser
@@ -31,7 +32,6 @@ TUNING = {"share_adv": (0.3, 0.03, 0.003)}  # the one knob that all of the compa
 ABLATIONS = (
     "mse_wgan@balance=false",
     "tod_net@balance=false",  # the paper's fixed weights
-    "tod_net@share_task=0.5",
     "tod_net@share_task=8",
     "tod_net@guides=unet+res_unet",
     "label_free",
@@ -49,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the measurements and their summary")
     parser.add_argument("--tune", action="store_true", help="compare settings on the first seed's validation cases")
+    parser.add_argument("--pairs", type=Path, metavar="FOLDER", help="also real pairs of low and normal dose")
+    parser.add_argument("--scans", type=Path, metavar="FOLDER", help="also real scans with masks, as LiTS has them")
     parser.add_argument("--summary-only", action="store_true", help="only read what was measured and write it up")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a setting")
 
@@ -65,6 +67,12 @@ def main(args: argparse.Namespace) -> int:
     if not args.summary_only:
         names = args.denoisers or (*settings.denoisers, *ABLATIONS)
         study(settings, args.seeds, names, args.output, args.results)
+        first = replace(settings, seed=args.seeds[0])
+        if args.pairs:
+            real_pairs(first, settings.denoisers, args.pairs, args.output, args.results)
+        if args.scans:
+            rows = real_scans(first, settings.denoisers, args.scans, args.output)
+            write_text(args.results / "scans.csv", as_csv(rows))
     print(summarise(args.results))
     return 0
 
@@ -93,14 +101,13 @@ def tune(settings: Settings, names: Sequence[str], output: Path, results: Path) 
     run = output / f"seed-{settings.seed}"
     make_ready(settings, run, settings.guides)
     ((field, values),) = TUNING.items()
-    found: dict[str, dict[str, float]] = {}
-    with suppress(OSError, json.JSONDecodeError):  # another process may have written its part
-        found = json.loads((results / "tuning.json").read_text())["validation_mse"]
+    found: dict[str, dict[str, float]] = {name: {} for name in names}
     for name in names:
-        found[name] = {}
         for value in values:
             folder = train_denoiser(f"{name}@{field}={value}", settings, run)
             found[name][str(value)] = round(results_of(folder)["best_validation"], 7)
+    with suppress(OSError, json.JSONDecodeError):  # another process may have written its part meanwhile
+        found = json.loads((results / "tuning.json").read_text())["validation_mse"] | found
     best = {name: min(errors, key=errors.__getitem__) for name, errors in found.items()}
     tuning = {
         "seed": settings.seed, "field": field, "validation_mse": found,

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .cost import sentences
-from .denoisers import title
+from .denoisers import FILTERS, title
 from .evaluate import Row
 from .forest import forest
 from .metrics import holm, paired_over_seeds
+from .real import FINE_TUNED, FINE_TUNING_STEPS, SCRATCH
 from .stage import write_text
 from .tables import heading
 from .volumes import replacing
@@ -51,8 +52,8 @@ QUESTIONS = (
     Question("f", "Balancing at x_hat against fixed weights", [(n, n + FIXED) for n in ("mse_wgan", "tod_net")], BOTH),
     Question(
         "g",
-        "The task's share of the gradient, 2 by default",
-        [(f"tod_net@share_task={share}", "tod_net") for share in ("0.5", "8")],
+        "The task's share of the gradient, 2 by default (MSE-WGAN has none)",
+        [("tod_net@share_task=8", "tod_net")],
         BOTH,
     ),
     Question(
@@ -82,9 +83,11 @@ def summarise(results: Path) -> str:
         "means": {dose: {n: _means(rows, dose, n) for n in _names(rows)} for dose in ("low", "normal")},
         "answers": answers(rows),
         "pairs": {path.stem: json.loads(path.read_text()) for path in sorted((results / "pairs").glob("*.json"))},
+        "tuning": json.loads(path.read_text()) if (path := results / "tuning.json").exists() else {},
     }
     write_text(results / "study.json", json.dumps(found, indent=1) + "\n")
-    text = markdown(found)
+    scans = rows_of(path) if (path := results / "scans.csv").exists() else []
+    text = markdown(found, scans)
     write_text(results / "study.md", text)
     (results / "figures").mkdir(exist_ok=True)
     for letter, subject, *_ in QUESTIONS:
@@ -104,15 +107,17 @@ def read(results: Path) -> list[Row]:
     rows: list[Row] = []
     for path in sorted((results / "measurements").glob("seed-*/*.csv")):
         seed = int(path.parent.name.removeprefix("seed-"))
-        with path.open() as file:
-            for row in csv.DictReader(file):
-                numbers = {k: float(v or "nan") for k, v in row.items() if k not in ("case", "dose", "denoiser")}
-                rows.append(
-                    {"seed": seed, "case": row["case"], "dose": row["dose"], "denoiser": row["denoiser"], **numbers}
-                )
+        rows += [{"seed": seed, **row} for row in rows_of(path)]
     if not rows:
         raise ValueError(f"{results}: expected measurements, found none; run the study first")
     return rows
+
+
+def rows_of(path: Path) -> list[Row]:
+    """The rows of one file of measurements."""
+    words = ("case", "dose", "denoiser")
+    with path.open() as file:
+        return [{k: v if k in words else float(v or "nan") for k, v in row.items()} for row in csv.DictReader(file)]
 
 
 def answers(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -132,14 +137,16 @@ def answers(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in gap.items()} for gap in found]
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """The means and every answer, as Markdown."""
+def markdown(found: dict[str, Any], scans: Sequence[Row] = ()) -> str:
+    """The means, every answer, what tuning saw, and the real scans, as Markdown."""
     lines = ["# The study", "", *_means_table(found, _all_keys()), ""]
     for letter, subject, *_ in QUESTIONS:
         gaps = [gap for gap in found["answers"] if gap["question"] == letter]
         if gaps:
             lines += [f"## ({letter}) {subject}", "", *_gap_table(gaps), ""]
-    return "\n".join([*lines, *_pairs_table(found["pairs"]), ""])
+    for table in (_tuning_table(found["tuning"]), _pairs_table(found["pairs"]), _scans_table(scans)):
+        lines += [*table, ""] if table else []
+    return "\n".join(lines)
 
 
 def readme_part(found: dict[str, Any]) -> str:
@@ -198,9 +205,9 @@ def _pairs_table(pairs: dict[str, Any]) -> list[str]:
     """Real pairs of quarter and full dose, by the patient that was tested."""
     if not pairs:
         return []
-    names = {"none": "quarter dose as it came", "tod_net": "TOD-Net, phantoms only", "fine_tuned": "fine-tuned (MSE)"}
     lines = [
-        "**Real pairs of quarter and full dose; fine-tuned on the other patient alone.**",
+        "**Real pairs of quarter and full dose.** The networks of the first seed have seen phantoms alone; fine-tuned",
+        f"ones then had {FINE_TUNING_STEPS} steps of MSE on the other patient, and the last line nothing but these.",
         "",
         "| patient | slices | image | RMSE (HU) | PSNR (dB) | SSIM (%) | change of RMSE, 95 % |",
         "|---|---|---|---|---|---|---|",
@@ -211,7 +218,52 @@ def _pairs_table(pairs: dict[str, Any]) -> list[str]:
             means = [f"{numbers[key]['mean']:.2f}" for key in ("whole_rmse_hu", "whole_psnr_db", "whole_ssim")]
             gap = rmse.get("change")
             change = f"{gap['mean']:+.2f} ({gap['low']:+.2f} to {gap['high']:+.2f})" if gap else ""
-            lines.append(f"| {patient} | {rmse['n']} | {names.get(name, name)} | {' | '.join(means)} | {change} |")
+            lines.append(f"| {patient} | {rmse['n']} | {_image(name)} | {' | '.join(means)} | {change} |")
+    return lines
+
+
+def _image(name: str) -> str:
+    """What stands in a row of the real pairs."""
+    if name in ("none", SCRATCH):
+        return "quarter dose as it came" if name == "none" else "TOD-Net's denoiser, the other patient alone"
+    kind = name.removesuffix(FINE_TUNED)
+    return title(kind) + (", fine-tuned" if kind != name else "" if kind in FILTERS else ", phantoms only")
+
+
+def _scans_table(rows: Sequence[Row]) -> list[str]:
+    """Real scans with masks, low dose simulated: quality, and Dice by networks that know phantoms alone."""
+    if not rows:
+        return []
+    keys = ("roi_rmse_hu", "whole_rmse_hu", *DICE)
+    lines = [
+        "**Real scans, their low dose simulated, judged by networks that know phantoms alone.**",
+        "",
+        "| scan | dose | image | " + " | ".join(heading(key) for key in keys) + " |",
+        "|---" * (3 + len(keys)) + "|",
+    ]
+    for row in rows:
+        cells = ["" if math.isnan(row[key]) else f"{row[key]:.2f}" for key in keys]
+        image = "as it came" if row["denoiser"] == "none" else title(row["denoiser"])
+        lines.append(f"| {row['case']} | {row['dose']} | {image} | {' | '.join(cells)} |")
+    return lines
+
+
+def _tuning_table(tuning: dict[str, Any]) -> list[str]:
+    """What tuning compared, on the validation cases of one seed."""
+    if not tuning:
+        return []
+    values = list(next(iter(tuning["validation_mse"].values())))
+    lines = [
+        f"**Tuning of `{tuning['field']}`:** mean squared error on the validation cases of seed {tuning['seed']}, the",
+        "same values for every denoiser; the smallest of a row was taken for all seeds.",
+        "",
+        "| denoiser | " + " | ".join(values) + " |",
+        "|---" * (1 + len(values)) + "|",
+    ]
+    for name, errors in tuning["validation_mse"].items():
+        best = min(errors.values())
+        cells = [f"**{e:.6f}**" if e == best else f"{e:.6f}" for e in errors.values()]
+        lines.append(f"| {title(name)} | {' | '.join(cells)} |")
     return lines
 
 

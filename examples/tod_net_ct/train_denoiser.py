@@ -17,7 +17,7 @@ from .metrics import dice
 from .networks import Denoiser, save_checkpoint
 from .segment import segment
 from .settings import Settings
-from .stage import begin, digest, finish, is_done, progress, save_tensors
+from .stage import begin, digest, finish, is_done, progress, save_tensors, take_twin
 from .train_autoencoder import train_autoencoder
 from .train_task import load_task
 from .training import Board, Point, batches, machine, over_processes, write_log
@@ -47,7 +47,7 @@ def train_denoiser(name: str, settings: Settings, run: Path, fabric: Any = None)
         return tune_filter(name, settings, run)
     recipe = RECIPES[kind]
     facts: dict[str, Any] = {field: getattr(settings, field) for field in SHARED}
-    facts |= {"denoiser": name, "low_dose": digest(run / "low_dose" / "manifest.json")}
+    facts |= {"denoiser": name, "recipe": kind, "low_dose": digest(run / "low_dose" / "manifest.json")}
     if {"task", "consistency"} & set(recipe.terms):
         facts |= {field: getattr(settings, field) for field in TASK}
         facts |= {f"task/{guide}": digest(run / "task" / guide / "weights.pt") for guide in settings.guides}
@@ -56,6 +56,8 @@ def train_denoiser(name: str, settings: Settings, run: Path, fabric: Any = None)
     if is_done(folder, facts):
         return folder
     fabric = fabric or machine(settings)
+    if fabric.world_size == 1 and take_twin(folder, facts, "denoiser"):  # trained before, under a name with its changes
+        return folder
     if "autoencoder" in recipe.terms:
         train_autoencoder(settings, run, fabric)
     if fabric.is_global_zero:
