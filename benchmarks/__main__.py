@@ -27,7 +27,7 @@ from .harness import Options, process_peak_bytes
 
 NAMES = (
     "step", "limit", "checkpointing", "balancing", "maps", "critic", "consistency", "start", "scaling",
-    "simulation", "denoising", "data",
+    "simulation", "denoising", "data", "projection",
 )  # fmt: skip
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (

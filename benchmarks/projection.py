@@ -124,14 +124,16 @@ class Traffic(TorchDispatchMode):
 
 def denoiser(*, recompute: bool = False) -> nn.Module:
     """The paper's denoiser."""
-    network = Denoiser(PAPER.width).to("meta")
+    with torch.device("meta"):
+        network = Denoiser(PAPER.width)
     network.recompute = recompute
     return network
 
 
 def critic(shape: tuple[int, ...]) -> nn.Module:
     """The paper's critic, without the laws of the game."""
-    return WassersteinCritic(patch_size=shape[2:], channels=PAPER.critic_channels).network.to("meta")
+    with torch.device("meta"):
+        return WassersteinCritic(patch_size=shape[2:], channels=PAPER.critic_channels).network
 
 
 def frozen(network: nn.Module) -> nn.Module:

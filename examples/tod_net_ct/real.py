@@ -26,6 +26,7 @@ from .train_denoiser import train_denoiser
 from .volumes import read_scan
 
 FINE_TUNING_STEPS = 60
+FINE_TUNING_SHAPE = (1, 256, 256)  # the pairs are single slices
 FINE_TUNED = " fine-tuned"  # behind a denoiser's name
 SCRATCH = "scratch"  # TOD-Net's denoiser, trained on the other patient's pairs alone
 FURTHER = {"tod_net": "mse", "sacnn": "sacnn_mse", "cnn": "cnn_mse"}  # network -> the recipe with MSE alone
@@ -56,7 +57,7 @@ def fine_tuned(
     recipe = FURTHER[RECIPES[kind].network]
     start = "" if name == SCRATCH else str(run / "denoisers" / name / "best.pt")
     further = replace(
-        settings, data=str(data), n_train=1, n_validation=1, n_test=1, reuse=True, shape=(1, 256, 256),
+        settings, data=str(data), n_train=1, n_validation=1, n_test=1, reuse=True, shape=FINE_TUNING_SHAPE,
         voxel_mm=_voxel_mm(data, patient), seed=_seed_that_trains_on(patient, settings, data),
         steps=FINE_TUNING_STEPS, validate_every=FINE_TUNING_STEPS, start_from=start, tuned=(),
     )  # fmt: skip
