@@ -1,0 +1,122 @@
+"""A checkpointed T against one that keeps its activations: what is saved, the peak, and the cost in time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from benchmarks.harness import Case, Options, Target, agree, compare
+from benchmarks.step import Scene, scene
+from examples.tod_net_ct.networks import unet
+from taskloss import Fidelity, LossSum, TaskOrientedLoss
+
+SIZE, QUICK_SIZE = (32, 96, 96), (8, 16, 16)
+TASK_WIDTH = 16
+
+
+def run(options: Options) -> list[Case]:
+    """Two cases: T alone, and the generator's step that users pay for, with activations stored and computed again."""
+    return [alone(options), in_a_step(options)]
+
+
+def in_a_step(options: Options) -> Case:
+    """The denoiser forward, the task loss and MSE, and backward into the denoiser's weights."""
+    s = scene(options)
+    case = Case(f"generator step, {' x '.join(map(str, s.low.shape))}")
+    sides = {}
+    for name, checkpoint in (("checkpointed", True), ("stored", False)):
+        task = TaskOrientedLoss(s.segmenter, nn.CrossEntropyLoss(), checkpoint=checkpoint)
+        sides[name] = _step(s, LossSum(task=task, mse=0.5 * Fidelity(nn.MSELoss())))
+    agree(case, "checkpointed and stored", sides["checkpointed"](), sides["stored"](), options.tolerance)
+    case.targets = [Target("seconds", "checkpointed", "stored", at_most=1.4)]
+    return compare(case, sides, options)
+
+
+def _step(s: Scene, loss: LossSum) -> Callable[[], Tensor]:
+    def step() -> Tensor:
+        s.denoiser.zero_grad(set_to_none=True)
+        value = loss(s.denoiser(s.low), reference=s.reference, label=s.label)
+        value.backward()
+        return value.detach()
+
+    return step
+
+
+def alone(options: Options) -> Case:
+    """Loss and gradient at x_hat."""
+    torch.manual_seed(0)
+    to = {"device": options.device, "dtype": options.dtype}
+    x = torch.rand(1, 1, *(QUICK_SIZE if options.quick else SIZE), **to)
+    label = (x[:, 0] > 0.5).long()
+    segmenter = unet(TASK_WIDTH).eval()
+    case = Case(f"task loss through T, {' x '.join(map(str, x.shape))}")
+    sides: dict[str, Callable[[], Any]] = {}
+    for name, checkpoint in (("checkpointed", True), ("stored", False)):
+        loss = TaskOrientedLoss(segmenter, nn.CrossEntropyLoss(), checkpoint=checkpoint).to(**to)
+        sides[name] = _side(loss, x, label)
+        held, peak = _memory(loss, x, label)
+        case.values[f"{name}: bytes held between forward and backward"] = held
+        case.values[f"{name}: bytes at the peak"] = peak
+    agree(case, "checkpointed and stored", sides["checkpointed"](), sides["stored"](), options.tolerance)
+    for what in ("bytes held between forward and backward", "bytes at the peak"):
+        case.values[f"checkpointed / stored: {what}"] = (
+            case.values[f"checkpointed: {what}"] / case.values[f"stored: {what}"]
+        )
+    case.targets = [
+        Target("value", "checkpointed / stored: bytes held between forward and backward", at_most=0.25),
+        Target("value", "checkpointed / stored: bytes at the peak", at_most=0.25),
+        Target("seconds", "checkpointed", "stored", at_most=1.4),
+    ]
+    case.notes = [
+        "Held between forward and backward is what stays while the other terms and networks run; the peak is reached "
+        "in T's own backward pass.",
+        "T is frozen: stored, it takes two passes, forward and back to the image, and checkpointing adds a third.",
+    ]
+    return compare(case, sides, options)
+
+
+def _side(loss: TaskOrientedLoss, x: Tensor, label: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    def step() -> tuple[Tensor, Tensor]:
+        x_hat = x.clone().requires_grad_()
+        value = loss(x_hat, label)
+        return value.detach(), torch.autograd.grad(value, x_hat)[0]
+
+    return step
+
+
+def _memory(loss: TaskOrientedLoss, x: Tensor, label: Tensor) -> tuple[int, int]:
+    """Bytes of tensors held between forward and backward, and at the peak of both, beside those held before."""
+    x_hat = x.clone().requires_grad_()
+    with _Live(x_hat, label, *loss.task_model.network.parameters(), *loss.task_model.network.buffers()) as live:
+        value = loss(x_hat, label)
+        held = live.bytes()
+        value.backward()
+    return held, live.peak
+
+
+class _Live(TorchDispatchMode):
+    """Sees every tensor that an operation makes, for as long as anything keeps it: hooks of saved tensors do not see
+    what checkpointing keeps, nor what it computes again."""
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self.known = WeakIdKeyDictionary({t.untyped_storage(): None for t in known})
+        self.storages: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.peak = 0
+
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self.storages)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self.known:
+                self.storages[tensor.untyped_storage()] = None
+        self.peak = max(self.peak, self.bytes())
+        return result
