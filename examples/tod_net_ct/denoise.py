@@ -126,7 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--statistics",
         choices=STATISTICS,
         default="whole",
-        help="instance norm in tiles: of the whole volume (default, no seams) or of each tile (4 times faster)",
+        help="instance norm in tiles: of the whole volume (default, no seams) or of each tile",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
 

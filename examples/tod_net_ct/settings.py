@@ -148,7 +148,10 @@ PRESETS: dict[str, Settings] = {
     "study": Settings(
         task_networks=ALL_TASK_NETWORKS, task_steps=(2000, 250, 700, 250),
         denoisers=("mse_wgan", "tod_net", "vgg_wgan", "sa_wgan", "cnn_mse", "nlm"),
-        tuned=("vgg_wgan@share_adv=0.003", "sa_wgan@share_adv=0.3"),  # results/tuning.json
+        tuned=(  # results/tuning.json
+            "vgg_wgan@share_adv=0.003", "mse_wgan@share_adv=0.003", "sa_wgan@share_adv=0.3", "tod_net@share_adv=0.003",
+            "label_free@share_adv=0.003",  # TOD-Net without labels has what TOD-Net has
+        ),
     ),
     "paper": Settings(  # section 3.3, on scans: --set data=FOLDER
         n_train=0, n_validation=0, n_test=0, shape=(32, 256, 256), voxel_mm=(1.0, 1.5, 1.5),
