@@ -70,6 +70,7 @@ def test_the_closed_form_is_the_projection_of_the_blobs():
     torch.testing.assert_close(sinogram, simulation.phantom(64).double().sum(0), rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # MONAI's own
 def test_data():
     first, cached = data.run(Options(quick=True))
