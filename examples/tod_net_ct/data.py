@@ -61,10 +61,10 @@ class Cases(Dataset[tuple[Tensor, Tensor, Tensor]]):
         case = self._on_training_grid(self.paths[number])
         stop = start + self.shape[0]
         normal_hu, low_hu, mask = (
-            crop_or_pad(case[name][start:stop], self.shape, fill).clone()
+            crop_or_pad(case[name][start:stop], self.shape, fill)
             for name, fill in (("normal_hu", AIR_HU), ("low_hu", AIR_HU), ("mask", 0))
         )
-        return to_unit(low_hu.float())[None], to_unit(normal_hu.float())[None], mask[None]
+        return to_unit(low_hu)[None], to_unit(normal_hu)[None], mask.clone()[None]  # nothing keeps the file open
 
     def in_hu(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         """A whole case on its own grid: normal dose and low dose in HU, and the mask, each ``(D, H, W)``."""

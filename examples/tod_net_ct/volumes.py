@@ -62,7 +62,7 @@ def to_unit(volume_hu: Tensor, window_hu: tuple[float, float] = WINDOW_HU) -> Te
         ValueError: the window is not a pair of finite numbers, lower first.
     """
     lower, upper = _bounds(window_hu)
-    return ((volume_hu - lower) / (upper - lower)).clamp(0, 1)
+    return (volume_hu - lower).div_(upper - lower).clamp_(0, 1)  # one new volume, not three
 
 
 def to_hu(unit: Tensor, window_hu: tuple[float, float] = WINDOW_HU) -> Tensor:
