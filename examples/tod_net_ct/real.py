@@ -21,7 +21,7 @@ from .layouts import find_cases
 from .pairs import compare, measure_pairs
 from .prepare import prepare
 from .settings import PRESETS, Settings
-from .stage import progress, write_text
+from .stage import progress, results_of, write_text
 from .train_denoiser import train_denoiser
 from .volumes import read_scan
 
@@ -83,10 +83,11 @@ def real_scans(settings: Settings, names: Sequence[str], data: Path, output: Pat
     cases = Cases(folder, "test")
     restorers: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda volume_hu: volume_hu}
     restorers |= {name: restorer(name, settings, run, device) for name in names}
+    about = results_of(folder / "cases")["cases"]
     rows: list[Row] = []
     for i in progress(range(len(cases)), "real scans"):
         rows += measure_case(cases, i, settings, restorers, networks, device)
-    return rows
+    return [{**row, "case": about[row["case"]]["origin"]} for row in rows]
 
 
 def _voxel_mm(data: Path, patient: str) -> tuple[float, float, float]:
