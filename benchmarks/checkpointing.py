@@ -7,11 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
-from benchmarks.harness import Case, Options, Target, agree, compare
+from benchmarks.harness import Case, Live, Options, Target, agree, compare
 from benchmarks.step import Scene, scene
 from examples.tod_net_ct.networks import unet
 from taskloss import Fidelity, LossSum, TaskOrientedLoss
@@ -93,30 +90,8 @@ def _side(loss: TaskOrientedLoss, x: Tensor, label: Tensor) -> Callable[[], tupl
 def _memory(loss: TaskOrientedLoss, x: Tensor, label: Tensor) -> tuple[int, int]:
     """Bytes of tensors held between forward and backward, and at the peak of both, beside those held before."""
     x_hat = x.clone().requires_grad_()
-    with _Live(x_hat, label, *loss.task_model.network.parameters(), *loss.task_model.network.buffers()) as live:
+    with Live(x_hat, label, *loss.task_model.network.parameters(), *loss.task_model.network.buffers()) as live:
         value = loss(x_hat, label)
         held = live.bytes()
         value.backward()
     return held, live.peak
-
-
-class _Live(TorchDispatchMode):
-    """Sees every tensor that an operation makes, for as long as anything keeps it: hooks of saved tensors do not see
-    what checkpointing keeps, nor what it computes again."""
-
-    def __init__(self, *known: Tensor) -> None:
-        super().__init__()
-        self.known = WeakIdKeyDictionary({t.untyped_storage(): None for t in known})
-        self.storages: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self.peak = 0
-
-    def bytes(self) -> int:
-        return sum(storage.nbytes() for storage in self.storages)
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self.known:
-                self.storages[tensor.untyped_storage()] = None
-        self.peak = max(self.peak, self.bytes())
-        return result

@@ -20,6 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 Side = Callable[[], Any]
 _STATUS = Path("/proc/self/status")
@@ -187,6 +190,32 @@ def peak_bytes(side: Side, device: torch.device) -> int:
         peaks.append(max(0, _status("VmHWM") - before))
     libc.mallopt(_MMAP_THRESHOLD, 1 << 25)  # blocks are kept for reuse again, or the next benchmark pays for new pages
     return min(peaks)
+
+
+class Live(TorchDispatchMode):
+    """Sees every tensor that an operation makes, for as long as anything keeps it: exact to the byte, where the
+    operating system counts pages. Hooks of saved tensors do not see what checkpointing keeps and computes again.
+
+    Args:
+        known: tensors that were there before and do not count.
+    """
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self.known = WeakIdKeyDictionary({t.untyped_storage(): None for t in known})
+        self.storages: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.peak = 0
+
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self.storages)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self.known:
+                self.storages[tensor.untyped_storage()] = None
+        self.peak = max(self.peak, self.bytes())
+        return result
 
 
 def process_peak_bytes() -> int:

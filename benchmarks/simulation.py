@@ -71,7 +71,7 @@ def _slice(size: int, n_views: int, options: Options) -> Case:
         "Geometry and matrices are built beforehand on every side. deepinv has its own units: its scale is fitted.",
         "On CUDA ours alone runs there: the peers are timed on the CPU.",
     ]
-    return compare(case, sides, options, rounds=2 if options.quick else 3)
+    return compare(case, sides, options, rounds=2)
 
 
 def _catsim(size: int, n_views: int, options: Options) -> Case:
@@ -228,7 +228,7 @@ def _deepinv(image: Tensor, n_views: int, n_bins: int) -> Pair:
     angles = torch.arange(n_views) * 180 / n_views
     physics = Tomography(angles=angles, img_width=len(image), circle=False, normalize=False)
     batch = image[None, None]
-    return lambda: physics.A(batch)[0, 0].T, lambda: physics.A_dagger(physics.A(batch))[0, 0]
+    return lambda: physics.A(batch)[0, 0].T, lambda: physics.A_dagger(physics.A(batch), fbp=True)[0, 0]
 
 
 def _seconds(side: Callable[[], object], device: torch.device) -> float:
