@@ -325,6 +325,10 @@ def test_settings_from_yaml_come_back_and_typos_are_answered(tmp_path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(PRESETS["paper"].to_yaml())
     assert from_yaml(path, PRESETS["smoke"]) == PRESETS["paper"]
+    named = PRESETS["study"].with_overrides({"denoisers": "tod_net,tod_net@guides=unet+vnet", "guides": "unet+vnet"})
+    assert named.denoisers == ("tod_net", "tod_net@guides=unet+vnet") and named.guides == ("unet", "vnet")
+    path.write_text(named.to_yaml())
+    assert from_yaml(path, PRESETS["smoke"]) == named
     for text, answer in (
         ("stpes: 5", "did you mean 'steps'"),
         ("steps: many", "expected int, got 'many'"),

@@ -195,11 +195,9 @@ def _parse(name: str, text: str, kind: Any) -> Any:
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
         if typing.get_origin(kind) is tuple:
             inner = typing.get_args(kind)
-            parts = (
-                [p for p in text.replace("x", ",").split(",") if p]
-                if inner[0] is not str
-                else text.replace("+", ",").split(",")
-            )
+            # a plus parts names, but not within a name that carries settings, as in tod_net@guides=unet+vnet
+            between = ("+" if "@" not in text else ",") if inner[0] is str else "x"
+            parts = [part for part in text.replace(between, ",").split(",") if part]
             if len(inner) > 1 and inner[1] is not Ellipsis and len(parts) != len(inner):
                 raise ValueError
             return tuple(inner[0](part) for part in parts)
