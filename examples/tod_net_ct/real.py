@@ -21,6 +21,7 @@ from .layouts import find_cases
 from .pairs import compare, measure_pairs
 from .prepare import prepare
 from .settings import PRESETS, Settings
+from .splits import split_patients
 from .stage import progress, results_of, write_text
 from .train_denoiser import train_denoiser
 from .volumes import read_scan
@@ -98,8 +99,6 @@ def _voxel_mm(data: Path, patient: str) -> tuple[float, float, float]:
 
 def _seed_that_trains_on(patient: str, settings: Settings, data: Path) -> int:
     """Which patient trains is drawn by the seed, as in every split: take the first that draws this one."""
-    from .splits import split_patients
-
     patients = [case.patient for case in find_cases(data)]
     few = replace(settings, data=str(data), n_train=1, n_validation=1, n_test=1, reuse=True)
     return next(s for s in range(1000) if split_patients(patients, replace(few, seed=s))["train"] == [patient])
