@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python -m
 
-.PHONY: demo test check format mutants bench bench-compare clean
+.PHONY: demo test check format mutants bench bench-compare docs front dist dist-test test-cuda clean
 
 demo: .venv/ready  ## phantoms -> low dose -> U-Net -> MSE-WGAN and TOD-Net -> runs/demo/report.html
 	$(RUN) examples.tod_net_ct run demo --output runs/demo
@@ -30,6 +30,35 @@ bench: .venv/bench-ready  ## every benchmark beside its peers -> benchmarks/resu
 bench-compare: .venv/bench-ready  ## what became slower than the committed result of this machine
 	$(RUN) benchmarks --compare
 
+docs: .venv/docs-ready  ## the site, with the gallery run, without a warning -> site/index.html
+	OMP_NUM_THREADS=1 $(RUN) sphinx -W --keep-going -b html docs site
+	OMP_NUM_THREADS=1 $(RUN) pytest -m docs tests/test_site.py
+
+front: .venv/docs-ready  ## the README's picture and numbers, from what is committed
+	OMP_NUM_THREADS=1 $(RUN) docs.figure_2
+	$(RUN) benchmarks.front
+
+dist: .venv/docs-ready  ## wheel and source archive -> dist/
+	rm -rf dist
+	$(RUN) build
+	$(RUN) twine check --strict dist/*
+
+dist-test: dist  ## both of them in an empty environment: the wheel imports with torch alone, the archive runs its own tests
+	rm -rf build/dist-test && mkdir -p build/dist-test
+	$(PYTHON) -m venv build/dist-test/venv
+	build/dist-test/venv/bin/pip install --quiet dist/*.whl
+	cd build/dist-test && venv/bin/python -c "import taskloss; print(taskloss.__version__, taskloss.__file__)"
+	tar xzf dist/*.tar.gz -C build/dist-test --strip-components 1
+	build/dist-test/venv/bin/pip install --quiet "build/dist-test[dev]"
+	cd build/dist-test && OMP_NUM_THREADS=1 venv/bin/python -m pytest -m "not slow" -n 2 --dist loadscope
+
+test-cuda: .venv/ready  ## the tests that need a CUDA device
+	$(RUN) pytest -m cuda
+
+.venv/docs-ready: .venv/ready
+	$(BIN)/pip install --quiet -e ".[dev,docs]"
+	touch $@
+
 .venv/bench-ready: .venv/ready
 	$(BIN)/pip install --quiet -e ".[dev,bench]"
 	touch $@
@@ -41,4 +70,4 @@ bench-compare: .venv/bench-ready  ## what became slower than the committed resul
 	touch $@
 
 clean:
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf .venv runs site dist docs/api docs/api.md docs/auto_gallery .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -70,7 +70,7 @@ class LossValue:
 
 
 class LossSum(nn.Module):
-    """A weighted sum of named terms, ``L(x_hat) = sum_i w_i L_i(x_hat)`` (Eq. 8 of the paper is one).
+    """A weighted sum of named terms, ``L(x_hat) = sum_i w_i L_i(x_hat)``.
 
     The sum is linear only, so the total's gradient is exactly the weighted sum of the terms' gradients. A term
     whose weight is zero is not computed. Sums nest: ``LossSum(task=a + b)`` names its parts ``task/a`` and
