@@ -16,10 +16,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from benchmarks.harness import Case, Options, Target, compare, without
-from examples.tod_net_ct.data import Cases
-from examples.tod_net_ct.degrade import degrade
-from examples.tod_net_ct.prepare import prepare
-from examples.tod_net_ct.settings import Settings
+from examples.tod_net_ct.dose import degrade
+from examples.tod_net_ct.run import Settings
+from examples.tod_net_ct.scans import Cases, prepare
 
 BATCH = 4
 VOXEL_MM = (1.0, 1.5, 1.5)  # slice, row, column

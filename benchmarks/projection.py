@@ -15,9 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from examples.tod_net_ct.networks import Denoiser
-from examples.tod_net_ct.settings import PRESETS
-from examples.tod_net_ct.task_networks import build
+from examples.tod_net_ct.networks import Denoiser, build
+from examples.tod_net_ct.run import PRESETS
 from taskloss import WassersteinCritic
 
 from .harness import Case, Options

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Case, Options, Target, compare, quartiles, without
-from examples.tod_net_ct.degrade import simulate_volume
-from examples.tod_net_ct.projector import ParallelBeam
-from examples.tod_net_ct.settings import Settings
+from examples.tod_net_ct.dose import ParallelBeam, simulate_volume
+from examples.tod_net_ct.run import Settings
 
 # Root mean square error over root mean square, for 512 pixels: some packages take a corner of the middle pixel for the
 # centre, and half a pixel is more where pixels are large.
@@ -85,16 +84,15 @@ def _catsim(size: int, n_views: int, options: Options) -> Case:
     except ImportError:
         case.gaps.append(without("gecatsim"))
         return compare(case, sides, options, rounds=1)
-    from examples.tod_net_ct.faithful import _scan as scan
-    from examples.tod_net_ct.faithful import parallel
+    from examples.tod_net_ct.dose import faithful
 
     settings = Settings(n_views=n_views, i0_photons=1e6)
     flat = ParallelBeam(size, n_views, pixel_mm)
 
     def catsim() -> np.ndarray:
-        return scan(density, (1.0, pixel_mm, pixel_mm), settings, (0, 0), flat)[0]
+        return faithful.fan_scan(density, (1.0, pixel_mm, pixel_mm), settings, (0, 0), flat)[0]
 
-    rays, expected = parallel(catsim(), flat), sides["ours"]()[0].cpu()
+    rays, expected = faithful.parallel(catsim(), flat), sides["ours"]()[0].cpu()
     error = relative_error(rays, expected, fit=True)
     _accept(case, "gecatsim and ours, rebinned, scale fitted", error, 0.05)
     # By hand, since a turn of gecatsim takes long: the median of nine turns of ours beside one of it.

@@ -8,15 +8,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import calibrate, cost, degrade, denoise, pairs, study
-from .evaluate import evaluate
-from .prepare import prepare
+from .dose import degradation as degrade
+from .evaluation import evaluate, pairs
+from .inference import denoise
 from .report import report
-from .settings import PRESETS, Settings, from_yaml
-from .stage import write_text
-from .train_denoiser import train_denoiser
-from .train_task import train_task
-from .training import machine
+from .run import PRESETS, Settings, from_yaml, write_text
+from .scans import prepare
+from .study import calibration as calibrate
+from .study import cost
+from .study import seeds as study
+from .training import machine, train_denoiser, train_task
 
 
 def main(arguments: list[str] | None = None) -> int:

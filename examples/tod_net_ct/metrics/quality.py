@@ -1,0 +1,68 @@
+"""Image quality in HU, overlap and surface distance of a segmentation, and statistics for cases that are paired."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from ..scans import WINDOW_HU
+
+
+def image_quality(restored_hu: Tensor, normal_hu: Tensor, mask: Tensor) -> dict[str, float]:
+    """RMSE (HU), PSNR (dB, peak 400 HU) and SSIM (percent) on the clipped window, whole image and ROI.
+
+    SSIM is computed per axial slice with a Gaussian window of 1.5 pixels (Wang et al., 2004); in the ROI it is the
+    mean of the SSIM map over the mask. The paper does not say how it took either. Without a mask the ROI's are NaN.
+
+    Shape:
+        All `(D, H, W)`; the mask is the organ.
+    """
+    from skimage.metrics import structural_similarity
+
+    lower, upper = WINDOW_HU
+    options = {"data_range": upper - lower, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    squares, similarity, voxels = (dict.fromkeys(("roi", "whole"), 0.0) for _ in range(3))
+    for restored, normal, inside in zip(restored_hu, normal_hu, mask, strict=True):  # a slice at a time: bounded memory
+        a, b = (v.clamp(lower, upper).double().numpy() for v in (restored, normal))
+        ssim = structural_similarity(a, b, full=True, **options)[1]
+        squared, roi = (a - b) ** 2, inside.numpy() > 0
+        for region, where in (("roi", roi), ("whole", np.ones_like(roi))):
+            squares[region] += float(squared[where].sum())
+            similarity[region] += float(ssim[where].sum())
+            voxels[region] += int(where.sum())
+    scores = {}
+    for region, n in voxels.items():
+        rmse = math.sqrt(squares[region] / n) if n else math.nan
+        scores[f"{region}_ssim"] = 100 * similarity[region] / n if n else math.nan
+        scores[f"{region}_rmse_hu"] = rmse
+        scores[f"{region}_psnr_db"] = 20 * math.log10((upper - lower) / rmse) if rmse else math.inf
+    return scores
+
+
+def dice(prediction: Tensor, mask: Tensor) -> float:
+    """Dice of two binary volumes; one if both are empty."""
+    from monai.metrics import compute_dice
+
+    overlap = compute_dice(
+        prediction[None, None] > 0, mask[None, None] > 0, include_background=True, ignore_empty=False
+    )
+    return float(overlap)
+
+
+def surface_distance_mm(prediction: Tensor, mask: Tensor, voxel_mm: Sequence[float]) -> float:
+    """Average symmetric surface distance in mm; NaN where one of the two volumes is empty, for there is no surface."""
+    from monai.metrics import compute_average_surface_distance
+
+    found, truth = prediction > 0, mask > 0
+    if not bool(found.any()) or not bool(truth.any()):
+        return math.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI warns of an argument that it passes itself
+        distance = compute_average_surface_distance(
+            found[None, None], truth[None, None], include_background=True, symmetric=True, spacing=list(voxel_mm)
+        )
+    return float(distance)

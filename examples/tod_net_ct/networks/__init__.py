@@ -1,0 +1,28 @@
+"""The networks themselves: TOD-Net's denoiser, the four task networks, the baselines, an ImageNet network.
+
+They know the HU window and their checkpoint files, and nothing of training.
+"""
+
+from .baselines import Autoencoder, SelfAttentionDenoiser, ThreeLayerCNN, bm3d, critic_network, non_local_means
+from .denoiser import Denoiser, load_denoiser, save_checkpoint, unet
+from .perceptual import perceptual_loss
+from .task_networks import SIDE_MULTIPLE, TASK_NETWORKS, build, load_network, save_network
+
+__all__ = [
+    "Autoencoder",
+    "Denoiser",
+    "SIDE_MULTIPLE",
+    "SelfAttentionDenoiser",
+    "TASK_NETWORKS",
+    "ThreeLayerCNN",
+    "bm3d",
+    "build",
+    "critic_network",
+    "load_denoiser",
+    "load_network",
+    "non_local_means",
+    "perceptual_loss",
+    "save_checkpoint",
+    "save_network",
+    "unet",
+]

@@ -1,0 +1,76 @@
+"""Files that are there whole or not at all, and that nothing executes."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Lend a temporary name beside `path`; rename it to `path` on success, remove it on any failure.
+
+    Raises:
+        OSError: in one sentence where the disk is full, whatever the library that wrote made of it.
+    """
+    unfinished = path.with_name(f".unfinished-{uuid.uuid4().hex[:12]}-{path.name}")  # keeps the suffix: it picks gzip
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    except BaseException as error:  # Ctrl-C counts
+        unfinished.unlink(missing_ok=True)
+        if _is_full_disk(error):
+            sentence = f"{path}: expected room on the disk, got a full one; free some space and start again"
+            raise OSError(errno.ENOSPC, sentence) from error
+        raise
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    """Whether this failure began with a full disk: torch.save reports one as a RuntimeError."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, short."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as unfinished:
+        Path(unfinished).write_text(text)
+
+
+def save_tensors(path: Path, **tensors: torch.Tensor) -> None:
+    """Write tensors to a file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as unfinished, open(unfinished, "wb") as file:
+        torch.save(tensors, file)  # an open file: torch writes a path's name into the bytes
+
+
+def load_tensors(path: Path, *, mmap: bool = False) -> dict[str, torch.Tensor]:
+    """Read the file of `save_tensors`; nothing in it is executed. With `mmap` only what is used is read.
+
+    Raises:
+        ValueError: the file is missing, damaged, or another's.
+    """
+    try:
+        loaded: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # torch reports damage as RuntimeError, UnpicklingError, OSError, EOFError ...
+        what = "got none" if not path.exists() else "got a damaged or foreign file"
+        raise ValueError(
+            f"{path}: expected tensors that this run wrote, {what}; remove the folder {path.parent} and start again"
+        ) from error
+    return loaded
