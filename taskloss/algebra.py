@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -113,9 +113,30 @@ class LossSum(nn.Module):
                 alone = isinstance(part, Term) or len(part.terms) == 1
                 self._add(name if alone else f"{name}/{inner}", term, weight)
 
+    @classmethod
+    def weighted(cls, terms: dict[str, Term | LossSum], weights: dict[str, float] | None = None) -> LossSum:
+        """A sum from plain dicts, as configuration files hold them (hydra, LightningCLI); weights left out are 1.
+
+        Args:
+            terms: Terms by name.
+            weights: Weights by name.
+
+        Raises:
+            InputError: For the weight of a term that is not there.
+
+        Example:
+            >>> from taskloss import Fidelity
+            >>> LossSum.weighted({"mse": Fidelity(nn.MSELoss())}, {"mse": 0.5}).weights
+            {'mse': 0.5}
+        """
+        weights = weights or {}
+        check_names("loss_sum", weights, terms)
+        return cls(**{name: as_sum(term) * weights.get(name, 1.0) for name, term in terms.items()})
+
     def forward(
         self,
         x_hat: Tensor,
+        target: object = None,
         *,
         reference: Tensor | None = None,
         label: object = None,
@@ -125,6 +146,8 @@ class LossSum(nn.Module):
 
         Args:
             x_hat: Restored batch.
+            target: For trainers that call ``loss(x_hat, target)``: it goes to the one kind of target that the terms
+                read. Where they read both, it must be a dict with the keys ``reference`` and ``label``.
             reference: The image it should equal, for terms that read one.
             label: The task's annotation, for terms that read one.
             step: Step of training, for weights that are schedules.
@@ -133,20 +156,22 @@ class LossSum(nn.Module):
             x_hat and reference ``(N, C, *spatial)``; the result is a scalar.
 
         Raises:
-            InputError: For a missing target or a schedule without a step; it names the term.
+            InputError: For a missing or an ambiguous target, or a schedule without a step; it names the term.
             FloatingPointError: If a term is NaN or infinite; it names the term.
         """
-        return self.breakdown(x_hat, reference=reference, label=label, step=step).total
+        return self.breakdown(x_hat, target, reference=reference, label=label, step=step).total
 
     def breakdown(
         self,
         x_hat: Tensor,
+        target: object = None,
         *,
         reference: Tensor | None = None,
         label: object = None,
         step: int | None = None,
     ) -> LossValue:
         """The same computation as calling the sum, seen whole: total, terms and weights. See :meth:`forward`."""
+        reference, label = self._by_kind(target, reference, label)
         weights = self.weights_at(step)
         terms: dict[str, Tensor] = {}
         total: Tensor | None = None
@@ -172,6 +197,24 @@ class LossSum(nn.Module):
             if reads is not None and targets[reads] is None:
                 raise InputError(name, f"needs a {reads}, but {reads} is None; call loss(x_hat, {reads}=...)")
             yield name, _named(name, term, None if reads is None else targets[reads])
+
+    def _by_kind(self, target: Any, reference: Tensor | None, label: object) -> tuple[Tensor | None, object]:
+        if target is None:
+            return reference, label
+        if reference is not None or label is not None:
+            raise InputError(
+                "loss_sum", "got a positional target and a named one; call loss(x_hat, reference=..., label=...)"
+            )
+        if isinstance(target, Mapping) and set(target) == {"reference", "label"}:
+            return target["reference"], target["label"]
+        kinds = {term.reads for term in self.terms.values() if isinstance(term, Term)} - {None}
+        if len(kinds) > 1:
+            raise InputError(
+                "loss_sum",
+                "its terms read a reference and a label, and one positional target could be either; "
+                "call loss(x_hat, reference=..., label=...), or give a dict with the keys 'reference' and 'label'",
+            )
+        return (target, None) if kinds == {"reference"} else (None, target)
 
     def weights_at(self, step: int | None = None) -> dict[str, float]:
         """The weights by name at a step of training; a sum without schedules needs no step."""

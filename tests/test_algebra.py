@@ -95,6 +95,48 @@ def test_sums_nest_by_name() -> None:
     assert LossSum(image=0.5 * inner, mse=3 * mse()).weights == {"image/a": 0.5, "image/b": 1.0, "mse": 3.0}
 
 
+class TestPositionalTarget:
+    """``loss(x_hat, target)``, as MONAI, ignite and many a trainer call it."""
+
+    @pytest.mark.parametrize("reads", ["reference", "label"])
+    def test_it_goes_to_the_one_kind_that_the_terms_read(self, reads) -> None:
+        x = image()
+        target = image() if reads == "reference" else labels(x)
+        critic = WassersteinCritic(spatial_dims=2, patch_size=(6, 6), channels=(2, 2, 2))
+        term = mse() if reads == "reference" else TaskOrientedLoss(segmenter(), cross_entropy)
+        loss = LossSum(adv=AdversarialLoss(critic), it=term)
+        assert torch.equal(loss(x, target), loss(x, **{reads: target}))
+        assert torch.equal(loss.breakdown(x, target).total, loss(x, target))
+
+    def test_a_dict_with_both_keys_is_read_by_name_whatever_the_terms_read(self) -> None:
+        x, reference = image(), image()
+        both = {"reference": reference, "label": labels(x)}
+        for loss in (full_sum(), LossSum(mse=mse())):
+            assert torch.equal(loss(x, both), loss(x, **both))
+
+    def test_where_the_terms_read_both_kinds_it_could_be_either(self) -> None:
+        loss = full_sum() + 0 * LossSum(off=mse())
+        with pytest.raises(InputError, match=r"one positional target could be either; call loss\(x_hat, reference="):
+            loss(image(), image())
+
+    def test_it_is_not_mixed_with_named_ones(self) -> None:
+        x = image()
+        with pytest.raises(InputError, match=r"got a positional target and a named one; call loss\(x_hat, reference="):
+            full_sum()(x, image(), label=labels(x))
+
+    def test_none_is_no_target(self) -> None:
+        with pytest.raises(InputError, match="mse: needs a reference"):
+            LossSum(mse=mse())(image(), None)
+
+
+def test_a_sum_from_plain_dicts() -> None:
+    loss = LossSum.weighted({"mse": mse(), "both": 2 * LossSum(a=l1(), b=mse())}, {"mse": 0.5, "both": 3})
+    assert loss.weights == {"mse": 0.5, "both/a": 6.0, "both/b": 6.0}
+    assert LossSum.weighted({"mse": mse()}).weights == {"mse": 1.0}
+    with pytest.raises(InputError, match="there is no term 'mes'; did you mean 'mse'"):
+        LossSum.weighted({"mse": mse()}, {"mes": 0.5})
+
+
 def test_two_terms_with_one_name_are_refused() -> None:
     with pytest.raises(ValueError, match=r"two terms are called 'fidelity'; name them: LossSum\(a=..., b=...\)"):
         mse() + l1()
