@@ -34,6 +34,7 @@ class TaskConsistencyLoss(Term):
         output: Picks the tensor out of what the network (or a layer) returns.
         copy: Keep a deep copy of the network (default); False freezes the caller's own in place.
         checkpoint: Recompute the activations of x_hat's branch in the backward pass instead of storing them.
+        lean: Keep only what the gradient at x_hat needs (default; see :class:`Frozen`).
         cache: Keep the reference's features and reuse them while the same, unchanged tensor comes again (fitting
             one image for many steps, balancing after logging).
         expects: Range of the network's input, for instance ``(0, 1)``; checked on the first reference.
@@ -71,11 +72,12 @@ class TaskConsistencyLoss(Term):
         output: Callable[[Any], Any] | None = None,
         copy: bool = True,
         checkpoint: bool = False,
+        lean: bool = True,
         cache: bool = False,
         expects: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
-        self.task_model: Frozen = freeze(task_model, copy=copy, checkpoint=checkpoint)
+        self.task_model: Frozen = freeze(task_model, copy=copy, checkpoint=checkpoint, lean=lean)
         if isinstance(layers, str):
             layers = [layers]
         if layers is not None and not layers:

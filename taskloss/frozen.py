@@ -7,6 +7,7 @@ import copy as _copy
 import ctypes
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as _checkpoint
 
+from taskloss import lean as _lean
 from taskloss.checks import InputError, nearest
 
 
@@ -33,6 +35,8 @@ class Frozen(nn.Module):
         computes_loss: The network computes its own loss, which it does in training mode only (torchvision's
             detectors): modules that have children are put in training mode, while leaves (normalisation, dropout)
             stay in eval, so that batch statistics are neither used nor moved.
+        lean: Keep for the backward pass only what the gradient at the input needs (default): no layer's input for
+            gradients of weights, one bit for each value of a rectifier. Values and gradients stay as they are.
 
     Raises:
         TypeError: If ``network`` is not an ``nn.Module``.
@@ -51,6 +55,7 @@ class Frozen(nn.Module):
         copy: bool = True,
         checkpoint: bool = False,
         computes_loss: bool = False,
+        lean: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(network, nn.Module):
@@ -74,6 +79,8 @@ class Frozen(nn.Module):
         self._shared = not copy
         self.checkpoint = checkpoint
         self.computes_loss = computes_loss
+        self.lean = lean
+        self.made_lean: dict[str, int] = {}  # in the last run, how many calls of which functions
 
     @property
     def network(self) -> nn.Module:
@@ -129,12 +136,22 @@ class Frozen(nn.Module):
     def extra_repr(self) -> str:
         """The kind and size of what is inside."""
         count = sum(p.numel() for p in self.network.parameters())
-        return f"{type(self.network).__name__}, {count:,} parameters, checkpoint={self.checkpoint}"
+        made = f" ({', '.join(f'{n} {name}' for name, n in self.made_lean.items())})" if self.made_lean else ""
+        words = f"{type(self.network).__name__}, {count:,} parameters, checkpoint={self.checkpoint}"
+        return f"{words}, lean={self.lean}{made}"
 
     def _run(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        if self.lean and _lean.is_possible():
+            function = partial(self._run_lean, function)
         if self.checkpoint and torch.is_grad_enabled():
             return _checkpoint(function, *inputs, use_reentrant=False)
         return function(*inputs)
+
+    def _run_lean(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        with _lean.Lean() as mode:
+            outputs = function(*inputs)
+        self.made_lean = dict(mode.made)
+        return outputs
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         return chain(self.network.named_parameters(), self.network.named_buffers())
@@ -165,11 +182,18 @@ class Frozen(nn.Module):
         return self
 
 
-def freeze(network: nn.Module, *, copy: bool = True, checkpoint: bool = False, computes_loss: bool = False) -> Frozen:
+def freeze(
+    network: nn.Module,
+    *,
+    copy: bool = True,
+    checkpoint: bool = False,
+    computes_loss: bool = False,
+    lean: bool = True,
+) -> Frozen:
     """Freeze a network, or share one that is frozen already."""
-    if isinstance(network, Frozen) and not (checkpoint or computes_loss):
+    if isinstance(network, Frozen) and not (checkpoint or computes_loss or (network.lean and not lean)):
         return network
-    return Frozen(network, copy=copy, checkpoint=checkpoint, computes_loss=computes_loss)
+    return Frozen(network, copy=copy, checkpoint=checkpoint, computes_loss=computes_loss, lean=lean)
 
 
 def hold(function: Callable[..., Any] | None) -> Callable[..., Any] | None:

@@ -38,6 +38,7 @@ class TaskOrientedLoss(Term):
         output: Picks the prediction out of what T returns (dict, tuple, deep supervision).
         copy: Keep a deep copy of T (default); False freezes the caller's own network in place.
         checkpoint: Recompute T's activations in the backward pass instead of storing them.
+        lean: Keep only what the gradient at x_hat needs (default; see :class:`Frozen`).
         ensemble: With several networks, ``"mean"`` or ``"turns"`` (one per call; the turn is in ``state_dict``).
         missing: A sample whose label is filled with this value alone has no label. Costs a device sync per call.
         expects: Range of T's input, for instance ``(0, 1)``; checked at the first call, after ``preprocess``.
@@ -75,6 +76,7 @@ class TaskOrientedLoss(Term):
         output: Callable[[Any], Any] | None = None,
         copy: bool = True,
         checkpoint: bool = False,
+        lean: bool = True,
         ensemble: Literal["mean", "turns"] = "mean",
         missing: float | None = None,
         expects: tuple[float, float] | None = None,
@@ -92,7 +94,7 @@ class TaskOrientedLoss(Term):
             )
         computes_loss = task_criterion is None
         self.task_models = nn.ModuleList(
-            freeze(model, copy=copy, checkpoint=checkpoint, computes_loss=computes_loss) for model in models
+            freeze(model, copy=copy, checkpoint=checkpoint, computes_loss=computes_loss, lean=lean) for model in models
         )
         self.task_criterion = hold(task_criterion)
         self.preprocess = hold(preprocess)

@@ -12,7 +12,8 @@ import taskloss
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"checks", "precision", "distributed", "_version"},
+    {"checks", "precision", "distributed", "lean_layers", "_version"},
+    {"lean"},
     {"frozen", "algebra"},
     {"audit"},
     {"task", "consistency", "fidelity", "constraints"},
