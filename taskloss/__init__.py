@@ -14,6 +14,7 @@ from taskloss.figures import plot_gradient_maps
 from taskloss.frozen import Frozen
 from taskloss.gradients import Focus, GradientMaps, gradient_maps
 from taskloss.task import TaskOrientedLoss
+from taskloss.transfer import Transfer, TransferMeter
 
 __all__ = [
     "AdversarialLoss",
@@ -30,6 +31,8 @@ __all__ = [
     "TaskConsistencyLoss",
     "TaskOrientedLoss",
     "Term",
+    "Transfer",
+    "TransferMeter",
     "WassersteinCritic",
     "WeightClipping",
     "__version__",

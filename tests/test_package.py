@@ -15,7 +15,7 @@ LAYERS = [
     {"checks", "precision", "distributed", "lean_layers", "_version"},
     {"lean"},
     {"frozen", "algebra"},
-    {"audit"},
+    {"audit", "transfer"},
     {"task", "consistency", "fidelity", "constraints"},
     {"critic", "gradients"},
     {"adversarial", "balancing", "figures"},
@@ -83,6 +83,7 @@ def test_the_front_door() -> None:
         "GradientBalancer",
         "gradient_maps",
         "plot_gradient_maps",
+        "TransferMeter",
     ]
     assert set(promised) <= set(taskloss.__all__)
     assert all(getattr(taskloss, name).__doc__ for name in taskloss.__all__ if name != "__version__")
