@@ -18,6 +18,7 @@ SUBJECTS = {
     "The frozen network": ["Frozen", "audit_task_model", "Finding"],
     "The critic": ["WassersteinCritic", "WeightClipping", "GradientPenalty"],
     "Gradients at x_hat": ["GradientBalancer", "gradient_maps", "GradientMaps", "Focus"],
+    "Whom it helps": ["TransferMeter", "Transfer", "Interval"],
     "Pictures": ["plot_gradient_maps", "plot_history"],
 }
 

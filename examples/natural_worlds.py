@@ -44,7 +44,7 @@ class World:
 
     def judged(self, stage: str) -> Images:
         """The test images of a stage; those of the confirming runs are looked at by no other."""
-        return self.test.part(1, 4, 7) if stage == "confirming" else self.test.part(0)
+        return self.test.part(1, 4) if stage == "confirming" else self.test.part(0)
 
 
 # --- CIFAR-10 ---------------------------------------------------------------------------------------------------------

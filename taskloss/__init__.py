@@ -14,7 +14,7 @@ from taskloss.figures import plot_gradient_maps
 from taskloss.frozen import Frozen
 from taskloss.gradients import Focus, GradientMaps, gradient_maps
 from taskloss.task import TaskOrientedLoss
-from taskloss.transfer import Transfer, TransferMeter
+from taskloss.transfer import Interval, Transfer, TransferMeter
 
 __all__ = [
     "AdversarialLoss",
@@ -26,6 +26,7 @@ __all__ = [
     "GradientMaps",
     "GradientPenalty",
     "InputError",
+    "Interval",
     "LossSum",
     "LossValue",
     "TaskConsistencyLoss",
