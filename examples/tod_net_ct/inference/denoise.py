@@ -25,6 +25,7 @@ from ..scans import (
     read_scan,
     read_series,
     write_scan,
+    write_segmentation,
     write_series,
 )
 from .tiles import STATISTICS, Report, denoise_volume, device_of
@@ -46,6 +47,7 @@ def denoise_file(
     series: str | None = None,
     template: str | os.PathLike[str] | None = None,
     task: str | os.PathLike[str] | None = None,
+    assume_hu: bool = False,
     show_progress: bool = False,
 ) -> list[Path]:
     """Denoise a scan: a NIfTI file or a DICOM series, to either.
@@ -64,10 +66,12 @@ def denoise_file(
         series: SeriesInstanceUID, where the input holds several.
         template: for NIfTI in and DICOM out, the series on the same grid whose tags the output takes.
         task: weights of a task network; its label map of the denoised scan goes to a NIfTI file beside the output.
+        assume_hu: whether values are taken for HU that do not look like them.
         show_progress: whether a bar with the time left is drawn on stderr.
 
     Returns:
-        The paths of the outputs: the scan, then the label map if any.
+        The paths of the outputs: the scan, then the label map if any, as NIfTI and, of a DICOM series, as a DICOM
+        segmentation object.
 
     Raises:
         ValueError: in one sentence, for whatever is wrong with the files or options; checked before the work begins.
@@ -75,14 +79,17 @@ def denoise_file(
     source, target = Path(os.path.abspath(input)), Path(os.path.abspath(output))
     is_nifti = target.name.endswith((".nii", ".nii.gz"))
     label_path = check_nifti_name(_label_name(target)) if task is not None else None
-    for path in filter(None, (target if is_nifti else None, label_path)):
+    if is_nifti:
+        check_nifti_name(target)
+    seg_path = _seg_name(target) if task is not None and source.is_dir() else None
+    for path in filter(None, (target if is_nifti else None, label_path, seg_path)):
         _check_file(path, source, overwrite)
     if not is_nifti:
         check_folder(target, source, overwrite=overwrite)
     device = device_of(device)
     network = load_denoiser(checkpoint)
     task_network = _load_task(task) if task is not None else None
-    scan = _read(source, series)
+    scan = _read(source, series, assume_hu)
     like = _like(scan, target, is_nifti, template, overwrite)
     volumes_gb = (2 if like is scan else 3) * 4 * scan.volume_hu.numel() / 1e9  # the volume, the result, the template
     budget_gib = _budget_gib(memory_gb, volumes_gb, device) if tile is None else 0.0
@@ -99,7 +106,15 @@ def denoise_file(
         write_scan(target, result_hu, like)
     if task_network is None or label_path is None:
         return [target]
-    return [target, _write_label(label_path, result_hu, scan, task_network, device)]
+    label = _segment(result_hu, scan, task_network, device)
+    paths = [target, _write_label(label_path, label, scan)]
+    if (
+        isinstance(scan, Series) and seg_path is not None
+    ):  # laid over the denoised series where there is one, else over the source
+        files = scan.slices if is_nifti else sorted(target.iterdir())
+        names = _label_names(task_network, max(1, int(label.max())))
+        paths.append(write_segmentation(seg_path, label, scan, files, names, method=Path(task).name))
+    return paths
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,6 +151,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="whole",
         help="instance norm in tiles: of the whole volume (default, no seams) or of each tile",
     )
+    parser.add_argument(
+        "--assume-hu", action="store_true", help="take the values for HU although they do not look like them"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
 
 
@@ -155,6 +173,7 @@ def main(args: argparse.Namespace) -> int:
             series=args.series,
             template=args.template,
             task=args.task,
+            assume_hu=args.assume_hu,
             show_progress=True,
         )
     for path in paths:
@@ -164,16 +183,15 @@ def main(args: argparse.Namespace) -> int:
 
 def _check_file(target: Path, source: Path, overwrite: bool) -> None:
     """Refuse to lose a file before the work begins."""
-    check_nifti_name(target)
     if target.resolve() == source.resolve() or (target.exists() and source.exists() and target.samefile(source)):
         raise ValueError(f"{target.name}: expected another file than the input, got the input itself; rename --output")
     if target.exists() and not overwrite:
         raise ValueError(f"{target.name}: expected a new file, got one that exists; add --overwrite to replace it")
 
 
-def _read(source: Path, series: str | None) -> Scan:
+def _read(source: Path, series: str | None, assume_hu: bool) -> Scan:
     if source.is_dir():
-        return read_series(source, series)
+        return read_series(source, series, assume_hu=assume_hu)
     if series is not None:
         raise ValueError(f"{source.name}: expected a folder of DICOM files for --series, got none; leave --series out")
     if not source.exists() and not source.name.endswith((".nii", ".nii.gz")):
@@ -186,7 +204,7 @@ def _read(source: Path, series: str | None) -> Scan:
                 raise ValueError(
                     f"{source.name}: expected a NIfTI file or a folder, got one DICOM file; give the series' folder"
                 )
-    return read_scan(source)
+    return read_scan(source, assume_hu=assume_hu)
 
 
 def _like(scan: Scan, target: Path, is_nifti: bool, template: str | os.PathLike[str] | None, overwrite: bool) -> Scan:
@@ -195,6 +213,11 @@ def _like(scan: Scan, target: Path, is_nifti: bool, template: str | os.PathLike[
         if template is not None:
             raise ValueError("template: expected for NIfTI in and DICOM out alone; leave --template out")
         return scan
+    if template is None and scan.path.is_dir():
+        raise ValueError(
+            f"{target.name}: expected a name in .nii or .nii.gz, since enhanced multi-frame CT is read but not "
+            "written; or give a series of single slices on the same grid as --template"
+        )
     if template is None:
         raise ValueError(
             f"{target.name}: expected a name in .nii or .nii.gz, since a NIfTI file has no patient or study to write "
@@ -222,11 +245,24 @@ def _label_name(target: Path) -> Path:
     return target.with_name(f"{stem}-label.nii.gz")
 
 
-def _write_label(path: Path, volume_hu: Tensor, scan: Scan, network: nn.Module, device: torch.device) -> Path:
-    """Segment a denoised scan on the task network's voxel size; write the label map on the scan's grid."""
+def _seg_name(target: Path) -> Path:
+    return _label_name(target).with_name(_label_name(target).name.replace(".nii.gz", ".dcm"))
+
+
+def _segment(volume_hu: Tensor, scan: Scan, network: nn.Module, device: torch.device) -> Tensor:
+    """The task network's label map of a denoised scan, on the scan's grid."""
     from .segmentation import segment
 
-    label = segment(network.to(device), volume_hu, scan.voxel_mm, network.facts.get("voxel_mm"), device=device)
+    return segment(network.to(device), volume_hu, scan.voxel_mm, network.facts.get("voxel_mm"), device=device)
+
+
+def _label_names(network: nn.Module, n: int) -> list[str]:
+    """What the classes from 1 to n are called: as the network's training said, else by number."""
+    names = list(network.facts.get("class_names") or [])
+    return [*names[:n], *(f"class {k}" for k in range(len(names) + 1, n + 1))]
+
+
+def _write_label(path: Path, label: Tensor, scan: Scan) -> Path:
     header = scan.header.copy()
     header.set_data_dtype("uint8")
     header.set_slope_inter(1.0, 0.0)

@@ -6,6 +6,7 @@ A volume is `(slice, row, column)` in HU; stage 1 (`prepare`) writes whole cases
 from .cases import Cases
 from .dicom import Series, read_series
 from .dicom_out import check_folder, write_series
+from .dicom_seg import write_segmentation
 from .layouts import find_cases
 from .nifti import check_nifti_name, write_scan
 from .phantoms import abdominal_phantom, organ_mask
@@ -36,5 +37,6 @@ __all__ = [
     "to_hu",
     "to_unit",
     "write_scan",
+    "write_segmentation",
     "write_series",
 ]

@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from .dicom import Series, read_slice, rescale, slice_hu
+from .dicom_folder import CT
 from .scan import check_like
 
 # What describes the pixels of the source and not those of its derivative: extremes, thumbnail, signatures.
@@ -129,6 +130,7 @@ def _derive(dataset: Any, stored: np.ndarray, content: str, method: str) -> None
     lossy = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLSNearLossless, uid.JPEG2000, uid.JPEG2000MC)
     if syntax in (*lossy, uid.HTJ2K) and "LossyImageCompression" not in dataset:
         dataset.LossyImageCompression = "01"  # once lossy, always lossy
+    dataset.SOPClassUID = dataset.get("SOPClassUID") or CT  # blank in some public series
     source, made = Dataset(), Dataset()
     source.ReferencedSOPClassUID, source.ReferencedSOPInstanceUID = dataset.SOPClassUID, dataset.SOPInstanceUID
     source.PurposeOfReferenceCodeSequence = code(codes.DCM.SourceImageForImageProcessingOperation)

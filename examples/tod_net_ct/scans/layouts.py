@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from .dicom_folder import is_dicom_file
+
 Labels = Mapping[str, tuple[int, ...]]
 
 
@@ -159,13 +161,9 @@ def _entries(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _is_series(folder: Path) -> bool:
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in (".dcm", ".ima"):
-            return True
-        if path.is_file() and path.suffix.lower() not in (".nii", ".gz", ".json", ".csv", ".txt", ".md"):
-            with path.open("rb") as file:
-                return file.read(132)[128:] == b"DICM"
-    return False
+    companions = (".nii", ".gz", ".json", ".csv", ".txt", ".md")
+    files = (path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith("."))
+    return any(path.suffix.lower() not in companions and is_dicom_file(path) for path in files)
 
 
 def _layout_of(entries: Mapping[str, Path]) -> Layout | None:

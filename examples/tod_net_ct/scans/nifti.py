@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
-import math
 import os
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +10,20 @@ import numpy as np
 from torch import Tensor
 
 from ..run import replacing
-from .scan import Scan, check_hu, check_like, mm_per_unit, sides, to_working, working_axes
+from .hounsfield import check_hu
+from .nifti_stored import read_stored
+from .scan import Scan, check_like, mm_per_unit, to_working, working_axes
 
 
-def read_nifti(path: str | os.PathLike[str]) -> Scan:
+def read_nifti(path: str | os.PathLike[str], *, assume_hu: bool = False) -> Scan:
     """Read a CT volume from NIfTI (`.nii`, `.nii.gz`; either byte order, NIfTI-1 or -2) in any orientation.
 
     An oblique volume keeps its grid: axes are permuted and flipped to the nearest working direction, never resampled.
     float64 files are read as float32.
+
+    Args:
+        path: the file.
+        assume_hu: whether the look at the values is left out, which refuses what does not look like HU.
 
     Raises:
         ValueError: the file is missing, damaged or no NIfTI, is not 3-D (trailing axes of length 1 are accepted),
@@ -30,7 +33,7 @@ def read_nifti(path: str | os.PathLike[str]) -> Scan:
     raw, header, affine, scaling = read_stored(path)
     axes, flipped = working_axes(path, affine)
     volume_hu = to_working(raw, scaling, axes, flipped)
-    check_hu(path, volume_hu)
+    check_hu(path, volume_hu, assume_hu=assume_hu)
     lengths = np.linalg.norm(affine[:3, :3], axis=0) * mm_per_unit(header)
     dz, dy, dx = (float(lengths[axis]) for axis in axes)
     header.set_slope_inter(*scaling)  # nibabel blanks these on reading
@@ -86,41 +89,18 @@ def check_nifti_name(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def read_stored(path: Path) -> tuple[np.ndarray, Any, np.ndarray, tuple[float, float]]:
-    """Return the stored numbers (file order, three axes), the header, the affine and (slope, intercept)."""
+def nifti_header(stack: np.ndarray, affine: np.ndarray) -> Any:
+    """The header of a NIfTI file that holds slices `(n, rows, columns)` in HU: int16 where that loses nothing."""
     import nibabel as nib
 
-    if not path.is_file():
-        raise ValueError(f"{path.name}: expected a NIfTI file, got none at {path}; check the path")
-    try:
-        content = path.read_bytes()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)  # whole, because only the end of the stream proves its checksum
-        if content[344:348] == b"n+1\0":
-            image_class: Any = nib.Nifti1Image
-        elif content[4:8] == b"n+2\0":
-            image_class = nib.Nifti2Image
-        else:
-            raise ValueError(
-                f"{path.name}: expected a NIfTI file, got another format; convert it, for example with dcm2niix"
-            )
-        try:
-            image = image_class.from_bytes(content)
-            affine = np.asarray(image.affine, dtype=np.float64)
-            raw = np.asarray(image.dataobj.get_unscaled())
-        except (ValueError, TypeError, KeyError) as error:
-            raise OSError(error) from error
-    except (OSError, EOFError, zlib.error, nib.filebasedimages.ImageFileError) as error:
-        reason = " ".join(str(error).split()).rstrip(".;") or type(error).__name__
-        raise ValueError(
-            f"{path.name}: expected a whole NIfTI file, got a truncated or damaged one ({reason}); copy it again"
-        ) from error
-    if raw.dtype.kind not in "iuf":
-        raise ValueError(f"{path.name}: expected one number per voxel, got {raw.dtype}; give a scalar image")
-    if raw.ndim < 3 or raw.size == 0 or math.prod(raw.shape[3:]) != 1:
-        raise ValueError(
-            f"{path.name}: expected three axes of voxels, got {sides(raw.shape)}; "
-            "split a series into single volumes, and stack slices into one"
-        )
-    scaling = (float(image.dataobj.slope), float(image.dataobj.inter))
-    return raw.reshape(raw.shape[:3]), image.header, affine, scaling
+    header = nib.Nifti1Header()
+    whole = all(np.array_equal(hu, np.rint(hu)) and abs(hu).max() <= 32767 for hu in stack)
+    header.set_data_dtype(np.int16 if whole else np.float32)
+    header.set_data_shape(stack.shape[::-1])
+    header.set_xyzt_units("mm")
+    header.set_slope_inter(1.0, 0.0)
+    header.set_sform(affine, code=1)
+    header.set_qform(affine, code=1)
+    if not np.allclose(header.get_qform(), affine, atol=1e-3):  # it has no room for a tilted gantry's shear
+        header.set_qform(None, code=0)
+    return header

@@ -9,23 +9,24 @@ import torch
 from torch import Tensor
 
 from .dicom import read_series
-from .nifti import read_nifti, read_stored
+from .nifti import read_nifti
+from .nifti_stored import read_stored
 from .scan import Scan, check_place, sides, to_working, working_axes
 
 
-def read_scan(path: str | os.PathLike[str]) -> Scan:
+def read_scan(path: str | os.PathLike[str], *, assume_hu: bool = False) -> Scan:
     """Read a CT volume from NIfTI (`read_nifti`), or a DICOM series from the folder that holds it (`read_series`)."""
     path = Path(path)
-    return read_series(path) if path.is_dir() else read_nifti(path)
+    return read_series(path, assume_hu=assume_hu) if path.is_dir() else read_nifti(path, assume_hu=assume_hu)
 
 
-def read_low_dose(path: str | os.PathLike[str], like: Scan) -> Scan:
+def read_low_dose(path: str | os.PathLike[str], like: Scan, *, assume_hu: bool = False) -> Scan:
     """Read the low-dose partner of a scan, which has the same voxels.
 
     Raises:
         ValueError: as `read_scan`, or the two differ in shape or lie elsewhere in space.
     """
-    low = read_scan(path)
+    low = read_scan(path, assume_hu=assume_hu)
     if low.volume_hu.shape != like.volume_hu.shape:
         raise ValueError(
             f"{like.path.name}: the low dose is {sides(low.volume_hu.shape)} but the scan is "

@@ -118,27 +118,5 @@ def check_like(path: Path, volume_hu: Tensor, like: Scan) -> None:
         raise ValueError(f"{path.name}: expected finite HU to write, got NaN or infinity; check the denoiser")
 
 
-def check_hu(path: Path, volume_hu: Tensor) -> None:
-    bad = int((~torch.isfinite(volume_hu)).sum())
-    if bad:
-        raise ValueError(
-            f"{path.name}: expected a finite HU in every voxel, got {bad} NaN or infinite; "
-            "replace them, for example by -1024 outside the field of view"
-        )
-    low, high = float(volume_hu.min()), float(volume_hu.max())
-    if low >= -1 and high <= 1:
-        raise ValueError(
-            f"{path.name}: expected HU (air near -1000), got values from {low:g} to {high:g}, a scaled image; "
-            "convert it back to HU"
-        )
-    if low >= 0 and high > 2000:
-        raise ValueError(
-            f"{path.name}: expected HU (air near -1000), got values from {low:g} to {high:g}, which look like unsigned "
-            "CT numbers; subtract 1024"
-        )
-    if low == 0 and high == 255:
-        raise ValueError(f"{path.name}: expected HU (air near -1000), got 8-bit grey levels; convert it back to HU")
-
-
 def sides(shape: Any) -> str:
     return "x".join(str(n) for n in shape)

@@ -381,6 +381,12 @@ def test_the_derivation_names_the_weights(tmp_path, checkpoint, axial):
     assert said == f"Denoised with taskloss tod_net_ct, weights {digest}, HU window -200 to 200"
 
 
+def read_uid(folder):
+    import pydicom
+
+    return pydicom.dcmread(next(folder.iterdir())).SeriesInstanceUID
+
+
 @pytest.mark.parametrize("output", ["out.nii.gz", "out"])
 def test_a_task_network_adds_its_label_map(tmp_path, checkpoint, axial, output):
     pytest.importorskip("monai")
@@ -390,13 +396,18 @@ def test_a_task_network_adds_its_label_map(tmp_path, checkpoint, axial, output):
 
     save_network(tmp_path / "task.pt", build("unet", 2), "unet", 2, voxel_mm=[3.0, 1.5, 1.5])
     paths = denoise_file(checkpoint, axial, tmp_path / output, task=tmp_path / "task.pt")
-    assert paths == [tmp_path / output, tmp_path / "out-label.nii.gz"]
+    assert paths == [tmp_path / output, tmp_path / "out-label.nii.gz", tmp_path / "out-label.dcm"]
     scan, network = read_scan(paths[0]), load_network(tmp_path / "task.pt")
     assert nib.load(paths[1]).get_data_dtype() == np.uint8
     label = read_label(paths[1], like=read_scan(axial), allow_empty=True)  # on the scan's own grid
     again = segment(network, scan.volume_hu, scan.voxel_mm, [3.0, 1.5, 1.5])
     assert (label == again).float().mean() > 0.95  # the file's HU are rounded
     assert 0 < label.float().mean() < 1
+    segmentation = pytest.importorskip("highdicom").seg.segread(paths[2])
+    drawn = segmentation.get_volume(combine_segments=True).array
+    assert drawn.sum() == int(label.sum()) and np.array_equal(np.sort(drawn.any((1, 2))), np.sort(label.any(2).any(1)))
+    referred = segmentation.get_source_image_uids()[0][1]  # the series that was written, else the one that was read
+    assert str(referred) == str(read_uid(paths[0] if output == "out" else axial))
 
 
 def run(*words):
@@ -431,7 +442,10 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, checkpoint, source,
             "gone.nii.gz: expected a NIfTI file, got none",
         ),
         ((checkpoint, tmp_path / "gone", out), "gone: expected a NIfTI file or a folder of DICOM files, got none at"),
-        ((checkpoint, empty, out), "empty: expected CT images with one slice per file, got no DICOM file"),
+        (
+            (checkpoint, empty, out),
+            "empty: expected CT images with one slice per file, or enhanced",
+        ),
         ((checkpoint, mixed, out), "mixed: expected one CT series, got 2 series; choose one with --series UID out of"),
         ((checkpoint, mixed, out, "--series", "7"), "mixed: expected one CT series, got no series 7; choose"),
         ((checkpoint, gap, out), "IM2.dcm: expected 2.5 mm to the slice before it (IM0.dcm), got 5"),

@@ -174,7 +174,7 @@ BAD_SCANS = {
         "got values from 0.* to 1, a scaled image",
     ),
     "unsigned": ({"voxels": voxels_hu() + np.int16(1024)}, "look like unsigned CT numbers; subtract 1024"),
-    "8 bit": ({"voxels": np.arange(256, dtype=np.uint8).reshape(4, 8, 8)}, "got 8-bit grey levels"),
+    "8 bit": ({"voxels": np.arange(256, dtype=np.uint8).reshape(4, 8, 8)}, "look like 8-bit grey levels"),
     "singular": ({"voxels": voxels_hu(), "affine": SINGULAR}, "affine with three independent axes, got a singular one"),
     "complex": ({"voxels": voxels_hu().astype(np.complex64)}, "expected one number per voxel, got complex64"),
 }
@@ -272,7 +272,7 @@ def test_grid_affine_tells_where_a_voxel_of_the_volume_lies(tmp_path, codes):
 def test_a_folder_is_read_as_a_dicom_series(tmp_path, monkeypatch):
     from examples.tod_net_ct.scans import read
 
-    monkeypatch.setattr(read, "read_series", lambda folder: f"the series in {folder.name}")
+    monkeypatch.setattr(read, "read_series", lambda folder, assume_hu: f"the series in {folder.name}")
     (tmp_path / "series").mkdir()
     assert read_scan(tmp_path / "series") == "the series in series"
 
