@@ -19,7 +19,7 @@ SUBJECTS = {
     "The critic": ["WassersteinCritic", "WeightClipping", "GradientPenalty"],
     "Gradients at x_hat": ["GradientBalancer", "gradient_maps", "GradientMaps", "Focus"],
     "Whom it helps": ["TransferMeter", "Transfer", "Interval"],
-    "Pictures": ["plot_gradient_maps", "plot_history"],
+    "Pictures": ["plot_gradient_maps", "History"],
 }
 
 # Types that belong to other libraries: their pages are elsewhere, and the build needs no network.

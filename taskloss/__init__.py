@@ -13,6 +13,7 @@ from taskloss.fidelity import Fidelity
 from taskloss.figures import plot_gradient_maps
 from taskloss.frozen import Frozen
 from taskloss.gradients import Focus, GradientMaps, gradient_maps
+from taskloss.history import History
 from taskloss.task import TaskOrientedLoss
 from taskloss.transfer import Interval, Transfer, TransferMeter
 
@@ -25,6 +26,7 @@ __all__ = [
     "GradientBalancer",
     "GradientMaps",
     "GradientPenalty",
+    "History",
     "InputError",
     "Interval",
     "LossSum",

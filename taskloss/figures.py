@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from taskloss.checks import InputError, shape
-from taskloss.gradients import GradientMaps
+from taskloss.checks import InputError
+from taskloss.gradients import Focus, GradientMaps
+from taskloss.signals import draw_signals
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +33,7 @@ def plot_gradient_maps(
 
     The maps are diverging and centred on zero, each with its colour bar. With a ``roi`` its outline is drawn, and
     each map's title tells the share of the gradient's energy inside and that share over the region's share of the
-    area (:class:`Focus`).
+    area (:class:`Focus`). One-dimensional signals are drawn as lines under each other, the ``roi`` shaded.
 
     Args:
         maps: From :func:`gradient_maps`; its reference, x_hat and label make the first row.
@@ -42,16 +43,20 @@ def plot_gradient_maps(
         channel: Which channel of the images.
         axis: Of volumes, the spatial axis to cut across.
         index: Of volumes, the slice; the middle of the ROI or of the volume if None.
-        scale: ``"own"`` scales every map by its own 99.5th percentile; ``"shared"`` all by the largest, so that
-            colours compare across maps.
+        scale: ``"own"`` scales every map by its own 99.5th percentile (a signal by its peak); ``"shared"`` all by the
+            largest, so that maps compare.
         window: Grey levels of the images; the reference's range if None.
         titles: Titles for terms, in place of their names.
 
     Returns:
         A matplotlib figure; save it with ``figure.savefig("maps.png")``.
 
+    Shape:
+        The maps ``(N, C, L)``, ``(N, C, H, W)`` or ``(N, C, D, H, W)``; ``prediction`` ``(N, K, *spatial)``; ``roi`` of
+        x_hat's shape, with one channel or without the channel axis.
+
     Raises:
-        InputError: For one-dimensional signals, or an index outside the volume.
+        InputError: For an index outside the volume or a mask that does not fit.
 
     Example:
         >>> from taskloss import Fidelity, gradient_maps
@@ -65,15 +70,20 @@ def plot_gradient_maps(
 
     if scale not in ("own", "shared"):
         raise ValueError(f"plot_gradient_maps: scale must be 'own' or 'shared', got {scale!r}")
-    if maps.x_hat.dim() not in (4, 5):
-        raise InputError("plot_gradient_maps", f"draws images and volumes, got x_hat {shape(maps.x_hat)}")
     cut = _Cut(maps.x_hat, sample, channel, axis, index, roi)
     focus = {} if roi is None else maps.focus(roi)
     top = _images(maps, prediction, cut)
     slices = {name: cut(gradient) for name, gradient in maps.maps.items()}
-    limits = {name: _limit(image) for name, image in slices.items()}
+    is_signal = maps.x_hat.dim() == 3
+    limits = {name: 1.05 * _peak(image) if is_signal else _limit(image) for name, image in slices.items()}
     if scale == "shared":
         limits = dict.fromkeys(limits, max(limits.values(), default=1.0))
+    named = {name: _title(name, titles or {}, focus.get(name)) for name in slices}
+    outline = None if roi is None else cut(maps._mask(roi).float())
+    if is_signal:
+        lines = {title: line for title, (line, is_classes) in top.items() if not is_classes}
+        classes = {title: line for title, (line, is_classes) in top.items() if is_classes}
+        return draw_signals(lines, classes, slices, named, limits, None if outline is None else outline > 0, window)
     columns = max(len(top), len(slices), 1)
     figure = Figure(figsize=(2.9 * columns, 5.9), layout="constrained", dpi=130)
     grid = figure.subplots(2, columns, squeeze=False)
@@ -86,7 +96,6 @@ def plot_gradient_maps(
         else:
             panel.imshow(image, cmap="gray", vmin=grey[0], vmax=grey[1])
         panel.set_title(title, fontsize=10)
-    outline = None if roi is None else cut(maps._mask(roi).float())
     for panel, (name, image) in zip(grid[1], slices.items(), strict=False):
         limit = limits[name]
         drawn = panel.imshow(image, cmap="RdBu_r", vmin=-limit, vmax=limit)
@@ -94,17 +103,21 @@ def plot_gradient_maps(
         bar.ax.tick_params(labelsize=7)
         bar.ax.ticklabel_format(style="sci", scilimits=(-2, 2))
         bar.ax.yaxis.get_offset_text().set_fontsize(7)
-        title = r"$\partial L/\partial\hat{x}$, " + (titles or {}).get(name, name)
-        if name in focus:
-            title += f"\n{focus[name].share:.0%} in the ROI ({focus[name].ratio:.1f}x its area)"
-        panel.set_title(title, fontsize=8 if name in focus else 10)
+        panel.set_title(named[name], fontsize=8 if name in focus else 10)
         if outline is not None and outline.any():
             panel.contour(outline, levels=[0.5], colors="k", linewidths=0.6)
     return figure
 
 
+def _title(name: str, titles: Mapping[str, str], focus: Focus | None) -> str:
+    title = r"$\partial L/\partial\hat{x}$, " + titles.get(name, name)
+    if focus is not None:
+        title += f"\n{focus.share:.0%} in the ROI ({focus.ratio:.1f}x its area)"
+    return title
+
+
 class _Cut:
-    """One 2-D slice of one channel of one sample, as a NumPy array."""
+    """One channel of one sample, of a volume one slice of it, as a NumPy array."""
 
     def __init__(
         self, x_hat: Tensor, sample: int, channel: int, axis: int, index: int | None, roi: Tensor | None
@@ -135,29 +148,23 @@ class _Cut:
         return int(spatial.sum(dim=others).argmax())  # the slice that shows most of it
 
 
+TITLES = {"reference": "reference $x^*$", "restored": r"restored $\hat{x}$", "prediction": r"$T(\hat{x})$"}
+
+
 def _images(maps: GradientMaps, prediction: Tensor | None, cut: _Cut) -> dict[str, tuple[Any, bool]]:
-    images: dict[str, tuple[Any, bool]] = {}
-    if maps.reference is not None:
-        images["reference $x^*$"] = (cut(maps.reference), False)
-    images[r"restored $\hat{x}$"] = (cut(maps.x_hat), False)
-    spatial = maps.x_hat.shape[2:]
-    for title, target in (("label", maps.label), (r"$T(\hat{x})$", prediction)):
-        if not isinstance(target, Tensor) or target.shape[-len(spatial) :] != spatial:
-            continue  # a class index or a box is no picture
-        if target.dim() == maps.x_hat.dim() - 1:
-            target = target[:, None]
-        if target.shape[1] > 1:
-            target = target.argmax(1, keepdim=True)
-        images[title] = (cut(target), True)
-    return images
+    found = maps._pictures(prediction)
+    return {TITLES.get(name, name): (cut(image), is_classes) for name, image, is_classes in found}
 
 
 def _limit(image: Any) -> float:
     magnitude = torch.from_numpy(image).abs().flatten()
-    peak = float(torch.quantile(magnitude, 0.995)) if magnitude.numel() else 0.0
-    return peak or float(magnitude.max()) or 1.0
+    return float(torch.quantile(magnitude, 0.995)) or _peak(image)
+
+
+def _peak(image: Any) -> float:
+    return float(abs(image).max()) or 1.0
 
 
 def _window(maps: GradientMaps, cut: _Cut) -> tuple[float, float]:
-    image = cut(maps.x_hat if maps.reference is None else maps.reference)
+    image = cut(maps._compared)
     return float(image.min()), float(image.max())

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from taskloss.algebra import LossSum, Term, as_sum
 from taskloss.checks import InputError, check_image, shape
+from taskloss.page import Picture, Row, grey_levels, write_page
 
 
 class Focus(NamedTuple):
@@ -114,6 +115,101 @@ class GradientMaps:
             part.replace(target)
             written.append(target)
         return written
+
+    def to_html(
+        self,
+        path: str | Path,
+        *,
+        prediction: Tensor | None = None,
+        roi: Tensor | None = None,
+        sample: int = 0,
+        channel: int = 0,
+        axis: int = 0,
+        window: tuple[float, float] | None = None,
+        titles: Mapping[str, str] | None = None,
+    ) -> Path:
+        """Write one self-contained page: slices to scroll, terms to switch, values under the pointer.
+
+        It needs no network and works by mouse, touch and keyboard, in light and dark. In a notebook:
+        ``IPython.display.IFrame(maps.to_html("maps.html"), "100%", 700)``. Values are kept to three digits.
+
+        Args:
+            path: The file to write.
+            prediction: T's output: class scores, shown as their arg max, or a map.
+            roi: Mask for an outline and the focus numbers.
+            sample: Which sample of the batch.
+            channel: Which channel of the images.
+            axis: Of volumes, the spatial axis to scroll along.
+            window: Grey levels of the images; the reference's range if None.
+            titles: Titles for terms, in place of their names.
+
+        Shape:
+            The maps ``(N, C, H, W)`` or ``(N, C, D, H, W)``; ``prediction`` ``(N, K, *spatial)``; ``roi`` of x_hat's
+            shape, with one channel or without the channel axis.
+
+        Returns:
+            The path.
+
+        Raises:
+            InputError: For one-dimensional signals (see :func:`plot_gradient_maps`), an axis or sample that is not
+                there, or a mask that does not fit.
+        """
+        if self.x_hat.dim() not in (4, 5):
+            raise InputError(
+                "to_html", f"shows images and volumes, got x_hat {shape(self.x_hat)}; plot_gradient_maps draws signals"
+            )
+        if axis not in range(self.x_hat.dim() - 2):
+            raise InputError("to_html", f"axis must be below {self.x_hat.dim() - 2}, got {axis!r}")
+        for name, index, size in (("sample", sample, len(self.x_hat)), ("channel", channel, self.x_hat.shape[1])):
+            if not 0 <= index < size:
+                raise InputError("to_html", f"{name} {index} is outside the {size} of x_hat {shape(self.x_hat)}")
+
+        def volume(tensor: Tensor) -> Tensor:
+            picked = tensor[sample, min(channel, tensor.shape[1] - 1)].detach()
+            return picked.movedim(axis, 0) if picked.dim() == 3 else picked[None]
+
+        grey = window or grey_levels(volume(self._compared))
+        pictures = [
+            Picture(name, volume(image), (0.0, max(float(image.max()), 1.0)) if is_classes else grey, is_classes)
+            for name, image, is_classes in self._pictures(prediction)
+        ]
+        focus = {} if roi is None else self.focus(roi)
+        weighted = {**self.maps, "total": self.total} if len(self.maps) > 1 and "total" not in self.maps else self.maps
+        rows = [
+            Row(
+                name,
+                (titles or {}).get(name, "total, weighted" if name not in self.maps else name),
+                volume(gradient),
+                self.weights.get(name),
+                float(gradient.double().norm()),
+                *focus.get(name, (None, None)),
+            )
+            for name, gradient in weighted.items()
+        ]
+        mask = None if roi is None else volume(self._mask(roi).float())
+        depth = rows[0].volume.shape[0] if rows else 1
+        start = depth // 2 if mask is None else int(mask.flatten(1).sum(1).argmax())
+        first = [picture.name for picture in pictures].index("restored")
+        return write_page(path, pictures, rows, mask, first, start)
+
+    @property
+    def _compared(self) -> Tensor:
+        return self.x_hat if self.reference is None else self.reference
+
+    def _pictures(self, prediction: Tensor | None) -> list[tuple[str, Tensor, bool]]:
+        """What there is to see beside the maps, each ``(N, 1 or C, *spatial)``, and whether it is class indices."""
+        found = [] if self.reference is None else [("reference", self.reference, False)]
+        found.append(("restored", self.x_hat, False))
+        spatial = self.x_hat.shape[2:]
+        for name, target in (("label", self.label), ("prediction", prediction)):
+            if not isinstance(target, Tensor) or target.shape[-len(spatial) :] != spatial:
+                continue  # a class index or a box is no picture
+            if target.dim() == self.x_hat.dim() - 1:
+                target = target[:, None]
+            if target.shape[1] > 1:
+                target = target.argmax(1, keepdim=True)
+            found.append((name, target, True))
+        return found
 
     def _mask(self, roi: Tensor) -> Tensor:
         mask = roi.to(self.x_hat.device) != 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from taskloss import Fidelity, InputError, LossSum, TaskOrientedLoss, gradient_maps, plot_gradient_maps
+from taskloss import Fidelity, LossSum, TaskOrientedLoss, gradient_maps, plot_gradient_maps
 from tests.properties import cross_entropy, image, labels, segmenter
 
 pytest.importorskip("matplotlib")
@@ -86,7 +86,29 @@ def test_bad_options_get_one_sentence(options, sentence) -> None:
         plot_gradient_maps(maps_of(3)[0], **options)
 
 
-def test_signals_are_not_drawn() -> None:
-    maps = gradient_maps(Fidelity(nn.MSELoss()), image(1), reference=image(1))
-    with pytest.raises(InputError, match=r"draws images and volumes, got x_hat \(2, 1, 6\)"):
-        plot_gradient_maps(maps)
+def test_signals_are_drawn_as_lines_under_each_other() -> None:
+    maps, prediction, y = maps_of(1)
+    roi = torch.zeros(2, 8)
+    roi[1, 2:4] = roi[1, 6] = 1
+    figure = plot_gradient_maps(maps, prediction=prediction, roi=roi, sample=1, titles={"mse": "MSE"}, window=(-1, 2))
+    signal, classes, *gradients = figure.axes
+    assert [line.get_label() for line in signal.lines] == ["reference $x^*$", r"restored $\hat{x}$"]
+    torch.testing.assert_close(torch.as_tensor(signal.lines[1].get_ydata()), maps.x_hat[1, 0])
+    torch.testing.assert_close(torch.as_tensor(classes.lines[0].get_ydata()), y[1].float())
+    assert signal.get_ylim() == (-1, 2)
+    titles = [panel.get_title() for panel in gradients]
+    assert "MSE" in titles[0] and "task" in titles[2]
+    assert f"{maps.focus(roi)['task'].share:.0%} in the ROI" in titles[2]
+    limits = [panel.get_ylim() for panel in gradients]
+    assert all(low == -high and high >= maps.maps["mse"][1].abs().max() for low, high in limits[:1])
+    assert all(low == -high for low, high in limits)
+    shaded = [patch for patch in gradients[0].patches if patch.get_alpha() == 0.15]
+    assert [(patch.get_x(), patch.get_width()) for patch in shaded] == [(1.5, 2.0), (5.5, 1.0)]
+
+
+def test_signals_share_a_scale_where_asked() -> None:
+    maps, _, _ = maps_of(1)
+    own, shared = (
+        {panel.get_ylim() for panel in plot_gradient_maps(maps, scale=scale).axes[2:]} for scale in ("own", "shared")
+    )
+    assert len(own) == 3 and len(shared) == 1

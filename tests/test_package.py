@@ -12,13 +12,14 @@ import taskloss
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"checks", "precision", "distributed", "lean_layers", "_version"},
+    {"checks", "precision", "distributed", "lean_layers", "page", "signals", "_version"},
     {"lean"},
     {"frozen", "algebra"},
     {"audit", "transfer"},
     {"task", "consistency", "fidelity", "constraints"},
     {"critic", "gradients"},
     {"adversarial", "balancing", "figures"},
+    {"history"},
 ]
 DEPTH = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
 
