@@ -10,7 +10,6 @@ from torch import Tensor
 
 from taskloss.checks import InputError
 from taskloss.gradients import Focus, GradientMaps
-from taskloss.signals import draw_signals
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,6 +80,8 @@ def plot_gradient_maps(
     named = {name: _title(name, titles or {}, focus.get(name)) for name in slices}
     outline = None if roi is None else cut(maps._mask(roi).float())
     if is_signal:
+        from taskloss.signals import draw_signals
+
         lines = {title: line for title, (line, is_classes) in top.items() if not is_classes}
         classes = {title: line for title, (line, is_classes) in top.items() if is_classes}
         return draw_signals(lines, classes, slices, named, limits, None if outline is None else outline > 0, window)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from taskloss.algebra import LossSum, Term, as_sum
 from taskloss.checks import InputError, check_image, shape
-from taskloss.page import Picture, Row, grey_levels, write_page
 
 
 class Focus(NamedTuple):
@@ -154,6 +153,8 @@ class GradientMaps:
             InputError: For one-dimensional signals (see :func:`plot_gradient_maps`), an axis or sample that is not
                 there, or a mask that does not fit.
         """
+        from taskloss.page import Picture, Row, grey_levels, write_page  # here: importing the library stays quick
+
         if self.x_hat.dim() not in (4, 5):
             raise InputError(
                 "to_html", f"shows images and volumes, got x_hat {shape(self.x_hat)}; plot_gradient_maps draws signals"
