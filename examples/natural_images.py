@@ -18,7 +18,6 @@ import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -81,19 +80,22 @@ DEGRADATIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 
 
 class Restorer(nn.Module):
-    """Convolutions on 2 x 2 blocks of pixels (as FFDNet's, Zhang et al., 2018) that predict what to add."""
+    """Residual convolutions on 2 x 2 blocks of pixels (as FFDNet's, Zhang et al., 2018) that predict what to add."""
 
     def __init__(self, width: int = 32, depth: int = 4) -> None:
         super().__init__()
-        widths = [12] + [width] * (depth + 1)
-        layers = [nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.ReLU()) for a, b in pairwise(widths)]
-        last = nn.Conv2d(width, 12, 3, padding=1)
-        nn.init.zeros_(last.weight)
-        self.body = nn.Sequential(nn.PixelUnshuffle(2), *layers, last, nn.PixelShuffle(2))
+        self.first = nn.Conv2d(12, width, 3, padding=1)
+        self.blocks = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(depth))
+        self.last = nn.Conv2d(width, 12, 3, padding=1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
 
     def forward(self, degraded: Tensor) -> Tensor:
         """The restored image, of the same shape."""
-        return degraded + self.body(degraded)
+        y = F.relu(self.first(F.pixel_unshuffle(degraded, 2)))
+        for block in self.blocks:
+            y = y + F.relu(block(y))
+        return degraded + F.pixel_shuffle(self.last(y), 2)
 
 
 # --- the losses that are compared -------------------------------------------------------------------------------------

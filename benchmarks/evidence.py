@@ -1,0 +1,273 @@
+"""The figure and the tables of docs/evidence.md, from the rows in ``results/``: ``python -m benchmarks.evidence``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from .effects import IMAGE_METRICS, TASK_METRICS, Comparison, Estimate, Row, comparisons, mean_of, read
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results"
+PAGE, README, FIGURE = ROOT / "docs" / "evidence.md", ROOT / "README.md", ROOT / "docs" / "evidence" / "transfer.png"
+TARGET = {"cifar10": 0.7, "imagenet": 0.7}  # transfer that the protocol asks for; a half for every other world
+TITLES = {
+    "half": "half the resolution",
+    "quarter": "a quarter of the resolution",
+    "noise25": "noise of 25/255",
+    "noise50": "noise of 50/255",
+    "jpeg10": "JPEG at quality 10",
+    "jpeg5": "JPEG at quality 5",
+    "cifar10": "CIFAR-10",
+    "imagenet": "ImageNet",
+    "ct_liver": "CT, liver",
+    "ct_tumour": "CT, tumour",
+    "mse": "MSE",
+    "task": "MSE + task",
+    "two_guides": "two guides",
+    "augmented": "guide seen through augmentation",
+    "two_augmented": "two guides, augmented",
+    "task_features": "task + features",
+    "psnr_db": "PSNR (dB)",
+    "ssim": "SSIM",
+    "roi_rmse_hu": "ROI RMSE (HU)",
+    "top1": "top-1 (%)",
+    "dice": "Dice (%)",
+}
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
+MARKS = "os^Dv<>pP*Xhd"
+DECIMALS = {"psnr_db": 2, "ssim": 4, "roi_rmse_hu": 2}
+
+
+def title(name: str) -> str:
+    """A name as people write it."""
+    return TITLES.get(name, name.replace("_", " "))
+
+
+def shown(value: Estimate, decimals: int = 1) -> str:
+    """``+1.2 [+0.8, +1.6]``; a dash where nothing was measured."""
+    if not value.n or math.isnan(value.mean):
+        return "–"
+    bounds = "" if math.isnan(value.low) else f" [{value.low:+.{decimals}f}, {value.high:+.{decimals}f}]"
+    return f"{value.mean:+.{decimals}f}{bounds}"
+
+
+def share(value: Estimate) -> str:
+    """``0.66 [0.60, 0.72]``."""
+    if not value.n or math.isnan(value.mean):
+        return "–"
+    return f"{value.mean:.2f}" + ("" if math.isnan(value.low) else f" [{value.low:.2f}, {value.high:.2f}]")
+
+
+def percent(value: float) -> str:
+    """A share in percent, or a dash."""
+    return "–" if math.isnan(value) else f"{100 * value:.0f} %"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# --- the blocks of the page -------------------------------------------------------------------------------------------
+
+
+def effects_table(found: Sequence[Comparison]) -> str:
+    """Gains, transfer and shares of the room, one comparison a row."""
+    head = ["images", "loss beside MSE", "n", "guide", "unseen", "p (Holm)", "transfer"]
+    head += ["unseen: way to clean", "guide: way to oracle"]
+    return table(
+        head,
+        [
+            [
+                f"{title(one.world)}, {title(one.degradation)}",
+                title(one.setting) + ("" if one.baseline == "mse" else f" (beside {title(one.baseline)})"),
+                str(one.guide.n),
+                shown(one.guide),
+                shown(one.unseen),
+                "–" if math.isnan(one.holm) else f"{one.holm:.2g}",
+                share(one.transfer),
+                percent(one.to_clean),
+                percent(one.to_oracle),
+            ]
+            for one in found
+        ],
+    )
+
+
+def cost_table(found: Sequence[Comparison]) -> str:
+    """What it costs: image quality, and clean input."""
+    metrics = [m for m in IMAGE_METRICS if any(m in one.image for one in found)]
+    nothing = Estimate(math.nan, math.nan, math.nan, 0)
+    return table(
+        ["images", "loss", *(title(m) for m in metrics), "unseen, on clean input"],
+        [
+            [
+                f"{title(one.world)}, {title(one.degradation)}",
+                title(one.setting),
+                *(shown(one.image.get(m, nothing), DECIMALS.get(m, 1)) for m in metrics),
+                shown(one.clean),
+            ]
+            for one in found
+        ],
+    )
+
+
+def levels_tables(rows: Sequence[Row], stage: str) -> str:
+    """The levels themselves: clean, degraded, every restorer, the oracle, by network."""
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.stage == stage and not row.metric.startswith("clean_"):
+            groups[row.world, row.degradation].append(row)
+    parts = []
+    for (world, degradation), group in sorted(groups.items()):
+        columns = list(dict.fromkeys((r.network, r.metric) for r in group if r.network or r.metric in IMAGE_METRICS))
+        settings = sorted({r.setting for r in group}, key=_order)
+        lines = []
+        for setting in settings:
+            cells = []
+            for network, metric in columns:
+                values = [r for r in group if r.setting == setting and (r.network, r.metric) == (network, metric)]
+                value, digits = mean_of(values), DECIMALS.get(metric, 1)
+                endless = metric == "psnr_db" and value >= 99
+                cells.append("–" if math.isnan(value) else "∞" if endless else f"{value:.{digits}f}")
+            n = len({(r.seed, r.unit) for r in group if r.setting == setting})
+            lines.append([title(setting), str(n), *cells])
+        heads = [network or title(metric) for network, metric in columns]
+        metric = next((m for m in TASK_METRICS if any(r.metric == m for r in group)), "")
+        parts.append(f"**{title(world)}, {title(degradation)}**, {title(metric)}:\n\n{table(['', 'n', *heads], lines)}")
+    return "\n\n".join(parts) or "None."
+
+
+def _order(setting: str) -> tuple[int, str]:
+    first = ["clean", "degraded", "mse", "mse_wgan", "task", "tod_net"]
+    return (first.index(setting), "") if setting in first else (99 if setting == "oracle" else 50, setting)
+
+
+def sentences(found: Sequence[Comparison]) -> str:
+    """What the confirming runs answer, in a sentence for each question."""
+    confirmed = [one for one in found if one.stage == "confirming"]
+    if not confirmed:
+        return "No confirming run is complete yet."
+    best = max(confirmed, key=lambda one: one.unseen.mean)
+    where = f"on {title(best.world)} at {title(best.degradation)} ({title(best.setting)})"
+    helped = _count(confirmed, lambda c: c.guide.low > 0)
+    carried = _count(confirmed, lambda c: c.unseen.low > 0 and c.holm < 0.05)
+    reached = _count(confirmed, lambda c: c.transfer.mean >= TARGET.get(c.world, 0.5))
+    lines = [
+        f"**The guide.** A task term helps its own guide significantly in {helped}.",
+        f"**Unseen networks.** They gain significantly in {carried}; "
+        f"the largest gain is {shown(best.unseen)} points {where}, where the guide gains {shown(best.guide)}.",
+        f"**Transfer.** {share(best.transfer)} of the guide's gain carries over there; the target, "
+        f"{TARGET.get(best.world, 0.5)} on natural images and 0.5 on CT, is reached by the estimate in "
+        f"{reached}.",
+        f"**The room.** There the unseen networks regain {percent(best.to_clean)} of the way from MSE to clean images, "
+        f"and the guide {percent(best.to_oracle)} of its way to the same network trained on the degraded images.",
+        f"**The price.** {_price(confirmed)}",
+    ]
+    return "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1))
+
+
+def _count(found: Sequence[Comparison], holds) -> str:
+    n = sum(bool(holds(one)) for one in found)
+    return f"{n} of {len(found)} confirming comparisons"
+
+
+def _price(found: Sequence[Comparison]) -> str:
+    parts = []
+    changes = {m: [one.image[m].mean for one in found if m in one.image] for m in ("psnr_db", "roi_rmse_hu")}
+    for said, changed, unit in zip(("PSNR changes", "the region's RMSE"), changes.values(), ("dB", "HU"), strict=True):
+        if changed:
+            parts.append(f"{said} by {min(changed):+.2f} to {max(changed):+.2f} {unit}")
+    clean = [one.clean for one in found if one.clean.n]
+    if clean:
+        span = f"{min(c.mean for c in clean):+.1f} to {max(c.mean for c in clean):+.1f}"
+        parts.append(f"unseen networks change by {span} points on input that was clean already")
+    return "; ".join(parts) + "."
+
+
+def blocks(rows: Sequence[Row]) -> dict[str, str]:
+    """The generated parts of the page by name."""
+    found = comparisons(rows)
+    confirmed = [one for one in found if one.stage == "confirming"]
+    explored = [one for one in found if one.stage == "exploration"]
+    none = "None yet."
+    return {
+        "sentences": sentences(found),
+        "effects": effects_table(confirmed) if confirmed else none,
+        "cost": cost_table(confirmed) if confirmed else none,
+        "levels": levels_tables(rows, "confirming"),
+        "exploration": effects_table(explored) + "\n\n" + cost_table(explored) if explored else none,
+    }
+
+
+def filled(page: str, parts: dict[str, str]) -> str:
+    """The page with every block between its markers replaced."""
+
+    def fill(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{parts[match[2]]}\n{match[3]}"
+
+    return re.sub(r"(<!-- evidence:(\w+) -->).*?(<!-- /evidence -->)", fill, page, flags=re.DOTALL)
+
+
+def draw(found: Sequence[Comparison], path: Path) -> None:
+    """Gain on the guide against gain on unseen networks, a mark for each comparison, with intervals."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    reach = max([1.0, *(one.guide.mean for one in found)]) * 1.15
+    least = min([0.0, *(one.unseen.mean for one in found), *(one.guide.mean for one in found)]) * 1.15
+    for slope, words in ((1, "all of it"), (0.7, "0.7"), (0.5, "0.5")):
+        style = "-" if slope == 1 else "--"
+        axes.plot([0, reach], [0, slope * reach], color="0.75", lw=1, ls=style, zorder=0)
+        axes.text(1.01 * reach, slope * reach, words, color="0.45", fontsize=8, va="center")
+    axes.axhline(0, color="0.75", lw=1, zorder=0)
+    places = list(dict.fromkeys((one.world, one.degradation) for one in found))
+    settings = list(dict.fromkeys(one.setting for one in found))
+    for one in found:
+        bars = [[[g.mean - g.low], [g.high - g.mean]] if g.n > 1 else None for g in (one.guide, one.unseen)]
+        colour = COLOURS[places.index((one.world, one.degradation)) % len(COLOURS)]
+        sure = one.stage == "confirming"
+        place = f"{title(one.world)}, {title(one.degradation)}: {title(one.setting)}"
+        axes.errorbar(
+            one.guide.mean,
+            one.unseen.mean,
+            xerr=bars[0],
+            yerr=bars[1],
+            color=colour,
+            lw=1,
+            fmt=MARKS[settings.index(one.setting) % len(MARKS)],
+            ms=6,
+            mfc=colour if sure else "white",
+            label=place if sure else f"{place} (exploration)",
+        )
+    axes.set(xlim=(least, reach), ylim=(least, reach))
+    axes.set(xlabel="gain of the guide (points)", ylabel="mean gain of unseen networks (points)")
+    axes.spines[["top", "right"]].set_visible(False)
+    if found:
+        axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.08, 0.5))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write the blocks of the page and of the README, and the figure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args(arguments)
+    rows = read(args.results)
+    for page in (PAGE, README):
+        page.write_text(filled(page.read_text(), blocks(rows)))
+    draw(comparisons(rows), FIGURE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The page of evidence: its statistics by hand and beside SciPy, and that nothing on it is stale."""
+
+import math
+
+import pytest
+
+pytest.importorskip("scipy")
+
+import numpy as np
+from scipy import stats
+
+from benchmarks import effects, evidence
+from benchmarks.effects import Row
+
+
+def rows(gains: dict[str, list[float]], setting: str = "task", unit: str = "", **where: str) -> list[Row]:
+    """A baseline at 50 and a setting above it by seed, for a guide ``g`` and judges ``a`` and ``b``."""
+    place = {"world": "cifar10", "degradation": "half", "stage": "confirming"} | where
+    found = []
+    for network, values in gains.items():
+        role = "guide" if network == "g" else "judge"
+        for seed, gain in enumerate(values):
+            base = 50.0 + seed
+            for name, value, part in (("mse", base, "judge"), (setting, base + gain, role)):
+                what = {"setting": name, "network": network, "role": part, "metric": "top1", "value": value}
+                found.append(Row(seed=str(seed), unit=unit, **what, **place))
+    return found
+
+
+GAINS = {"g": [10.0, 12.0, 11.0], "a": [8.0, 9.0, 7.0], "b": [6.0, 7.0, 5.0]}
+
+
+def test_gains_are_paired_by_seed() -> None:
+    (one,) = effects.comparisons(rows(GAINS))
+    assert (one.guide.mean, one.guide.n, one.unseen.mean) == (11, 3, 7)
+    reach = stats.t.ppf(0.975, 2) * stats.sem([10, 12, 11])
+    assert one.guide.low == pytest.approx(11 - reach) and one.guide.high == pytest.approx(11 + reach)
+    assert one.unseen.p == pytest.approx(stats.ttest_1samp([7, 8, 6], 0).pvalue)
+    assert one.transfer.mean == pytest.approx(7 / 11)
+
+
+def test_patients_are_the_unit_where_there_are_patients() -> None:
+    both = rows(GAINS, unit="p") + rows({name: [v + 2 for v in values] for name, values in GAINS.items()}, unit="q")
+    (one,) = effects.comparisons(both)
+    assert (one.guide.n, one.guide.mean) == (2, 12)  # three seeds of two patients
+
+
+def test_shares_of_the_room() -> None:
+    place = {
+        "world": "cifar10",
+        "degradation": "half",
+        "stage": "confirming",
+        "seed": "0",
+        "unit": "",
+        "metric": "top1",
+    }
+    references = [
+        *(Row(setting="clean", network=n, role="judge", value=71.0, **place) for n in "gab"),
+        Row(setting="oracle", network="g", role="judge", value=73.0, **place),
+    ]
+    (one,) = effects.comparisons(rows(GAINS) + references)
+    assert one.to_clean == pytest.approx(7 / 20)  # the judges stand at 51 with MSE
+    assert one.to_oracle == pytest.approx(11 / 22)
+
+
+def test_fieller_covers_what_it_should() -> None:
+    draws = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        below = draws.normal(10, 1, 5)
+        above = 0.7 * below + draws.normal(0, 0.7, 5)
+        found = effects.ratio(list(above), list(below))
+        covered += found.low <= 0.7 <= found.high
+    assert 0.92 <= covered / 400 <= 0.98
+
+
+def test_a_ratio_over_what_may_be_zero_has_no_bounds() -> None:
+    found = effects.ratio([1.0, 2.0, 3.0], [-1.0, 2.0, 1.0])
+    assert math.isnan(found.low) and math.isnan(found.high)
+
+
+def test_holm_by_hand() -> None:
+    assert effects.holm([0.01, 0.04, math.nan, 0.03])[:2] == [0.03, 0.06]
+    assert effects.holm([0.01, 0.04, math.nan, 0.03])[3] == 0.06
+    assert effects.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_only_confirming_comparisons_of_a_world_are_corrected_together() -> None:
+    several = rows(GAINS) + rows(GAINS, degradation="jpeg10") + rows(GAINS, world="imagenet")
+    found = effects.comparisons(several + rows(GAINS, stage="exploration", setting="late"))
+    p = found[0].unseen.p
+    corrected = {(one.world, one.degradation, one.stage): one.holm for one in found}
+    assert corrected["cifar10", "half", "confirming"] == corrected["cifar10", "jpeg10", "confirming"] == 2 * p
+    assert corrected["imagenet", "half", "confirming"] == p
+    assert math.isnan(corrected["cifar10", "half", "exploration"])
+
+
+def test_the_pilot_is_no_result() -> None:
+    assert effects.comparisons(rows(GAINS, stage="pilot")) == []
+
+
+def test_the_page_says_what_the_rows_say() -> None:
+    parts = evidence.blocks(rows(GAINS))
+    assert "+11.0 [" in parts["effects"] and "0.64 [" in parts["effects"]
+    assert "1 of 1 confirming comparisons" in parts["sentences"]
+    assert "| MSE | 3 | 51.0 |" in parts["levels"]
+    page = evidence.filled("a\n<!-- evidence:sentences -->\nold\n<!-- /evidence -->\nz", parts)
+    assert "old" not in page and page.startswith("a\n") and page.endswith("\nz")
+
+
+@pytest.mark.parametrize("page", [evidence.PAGE, evidence.README], ids=["evidence.md", "README.md"])
+def test_the_page_is_not_stale(page) -> None:
+    text = page.read_text()
+    assert evidence.filled(text, evidence.blocks(effects.read(evidence.RESULTS))) == text, (
+        "run python -m benchmarks.evidence"
+    )
+
+
+def test_the_figure_has_a_mark_for_each_comparison(tmp_path, monkeypatch) -> None:
+    from matplotlib.axes import Axes
+
+    marks = []
+    monkeypatch.setattr(Axes, "errorbar", lambda self, x, y, **_: marks.append((x, y)))
+    monkeypatch.setattr(Axes, "legend", lambda self, **_: None)
+    evidence.draw(effects.comparisons(rows(GAINS) + rows(GAINS, degradation="jpeg10")), tmp_path / "figure.png")
+    assert marks == [(11, 7), (11, 7)] and (tmp_path / "figure.png").stat().st_size > 5000
