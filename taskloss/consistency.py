@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from taskloss.algebra import Term, to_scalar
 from taskloss.audit import find_blocker
 from taskloss.checks import InputError, check_image, check_range, check_same
-from taskloss.frozen import Frozen, check_layers, freeze, hold
+from taskloss.features import check_layers
+from taskloss.frozen import Frozen, freeze, hold
 from taskloss.precision import full_precision, no_autocast
 
 

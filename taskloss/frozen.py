@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy as _copy
-import ctypes
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as _checkpoint
+from torch.nn.parameter import is_lazy
 
 from taskloss import lean as _lean
-from taskloss.checks import InputError, nearest
+from taskloss.checks import InputError
+from taskloss.features import capture
+from taskloss.holdings import (
+    copy_of,
+    digest,
+    keeps_values,
+    modules_of,
+    plain_tensors_of,
+    put_back,
+    registered_tensors_of,
+    release_graphs,
+    restore_,
+    snapshot,
+    tensor_slots,
+)
+from taskloss.trees import tensors_in
 
 
 class Frozen(nn.Module):
@@ -24,8 +35,9 @@ class Frozen(nn.Module):
 
     The network is deep-copied, put in eval mode, stripped of ``requires_grad`` and kept out of the module
     registry: it is absent from ``parameters()`` and ``state_dict()`` and untouched by ``train()``, ``apply()`` and
-    ``requires_grad_()``, yet it is moved by ``.to()``, ``.cuda()`` and ``.double()`` and survives ``deepcopy`` and
-    pickling. Gradients flow through it to its input. Pass one ``Frozen`` to several terms to share one copy.
+    ``requires_grad_()``, yet it is moved by ``.to()``, ``.cuda()`` and ``.double()`` and survives ``deepcopy``,
+    pickling and a parent's ``to_empty()``. Gradients flow through it to its input. Pass one ``Frozen`` to several
+    terms to share one copy. Modules that the network keeps in plain lists, tuples or dicts are frozen and moved too.
 
     Args:
         network: Any ``nn.Module``. ``DataParallel`` and ``DistributedDataParallel`` wrappers are taken off.
@@ -33,13 +45,15 @@ class Frozen(nn.Module):
             its memory; every call then checks that nobody has switched it back.
         checkpoint: Recompute activations in the backward pass instead of storing them.
         computes_loss: The network computes its own loss, which it does in training mode only (torchvision's
-            detectors): modules that have children are put in training mode, while leaves (normalisation, dropout)
-            stay in eval, so that batch statistics are neither used nor moved.
+            detectors): modules that only hold others are put in training mode, while layers (normalisation, dropout,
+            attention, whether or not they have children) stay in eval, so that batch statistics are neither used nor
+            moved.
         lean: Keep for the backward pass only what the gradient at the input needs (default): no layer's input for
             gradients of weights, one bit for each value of a rectifier. Values and gradients stay as they are.
 
     Raises:
         TypeError: If ``network`` is not an ``nn.Module``.
+        InputError: If the network cannot be copied, or has no values because it was built on the meta device.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
@@ -66,16 +80,25 @@ class Frozen(nn.Module):
             network = network.module
         if isinstance(network, Frozen):
             network = network.network
+        _check_has_values(network)
         if copy:
-            with torch.no_grad():  # else the copy of a TorchScript network has no leaves
-                network = _copy.deepcopy(network)
-        for parameter in network.parameters():
+            network = copy_of(network)
+        modules = modules_of(network)
+        for _, module in modules:
+            release_graphs(module)
+        plain = plain_tensors_of(network)
+        for parameter in (*(t for _, t in registered_tensors_of(network)), *plain.values()):
             parameter.requires_grad_(False)
             parameter.grad = None
-        for module in network.modules():
-            module.training = computes_loss and not _is_leaf(module)
+        for _, module in modules:
+            module.training = computes_loss and not _is_layer(module)
         # A list is invisible to nn.Module's registry; that is the whole trick.
         self._hidden = [network]
+        registered = set(network.modules())
+        self._unregistered = [(path, module) for path, module in modules if module not in registered]
+        self._plain = set(plain)
+        self._keepers: dict[bool, list[nn.Module]] = {}  # modules that keep what they compute: with a graph, without
+        self._values: dict[str, Tensor] | None = None  # the weights, while the network is on the meta device
         self._shared = not copy
         self.checkpoint = checkpoint
         self.computes_loss = computes_loss
@@ -104,7 +127,7 @@ class Frozen(nn.Module):
         """
         self._check_untouched()
         names = list(layers)
-        outputs = self._run(lambda value: _capture(self.network, value, names), x)
+        outputs = self._run(lambda value: capture(self.network, value, names), x)
         return dict(zip(names, outputs, strict=True))
 
     def check_input(self, where: str, image: Tensor) -> None:
@@ -125,13 +148,14 @@ class Frozen(nn.Module):
             )
 
     def digest(self) -> str:
-        """SHA-256 of every parameter and buffer: equal digests prove that the network did not change."""
-        sha = hashlib.sha256()
-        for name, tensor in sorted(self._tensors(), key=lambda pair: pair[0]):
-            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-            data = tensor.detach().cpu().contiguous()
-            sha.update(ctypes.string_at(data.data_ptr(), data.nbytes) if data.nbytes else b"")
-        return sha.hexdigest()
+        """SHA-256 of every weight: equal digests prove that the network did not change.
+
+        Parameters and buffers, those of modules in plain lists included, packed (quantised) weights, and the plain
+        tensor attributes that were there when the network was frozen.
+        """
+        weights = self._values or dict(registered_tensors_of(self.network))
+        plain = plain_tensors_of(self.network)
+        return digest({**weights, **{name: plain[name] for name in plain if name in self._plain}})
 
     def extra_repr(self) -> str:
         """The kind and size of what is inside."""
@@ -144,8 +168,10 @@ class Frozen(nn.Module):
         if self.lean and _lean.is_possible():
             function = partial(self._run_lean, function)
         if self.checkpoint and torch.is_grad_enabled():
-            return _checkpoint(function, *inputs, use_reentrant=False)
-        return function(*inputs)
+            from torch.utils.checkpoint import checkpoint  # it brings sympy along
+
+            return checkpoint(self._once, function, *inputs, use_reentrant=False)
+        return self._once(function, *inputs)
 
     def _run_lean(self, function: Callable[..., Any], *inputs: Any) -> Any:
         with _lean.Lean() as mode:
@@ -153,33 +179,57 @@ class Frozen(nn.Module):
         self.made_lean = dict(mode.made)
         return outputs
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        return chain(self.network.named_parameters(), self.network.named_buffers())
+    def _once(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """Run, and put back what the network keeps of the run in plain attributes, if it is one that does."""
+        if torch.compiler.is_compiling():
+            return function(*inputs)
+        graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_in(inputs))
+        suspects = self._keepers.get(graph)
+        if suspects is None:
+            suspects = [module for _, module in modules_of(self.network)]
+        before = [(module, tensor_slots(module)) for module in suspects]
+        try:
+            return function(*inputs)
+        finally:
+            changed = [module for module, slots in before if put_back(module, slots)]
+            self._keepers.setdefault(graph, changed)
 
     def _check_untouched(self) -> None:
         if not self._shared or torch.compiler.is_compiling():
             return
-        for name, module in self.network.named_modules():
-            if module.training and not (self.computes_loss and not _is_leaf(module)):
+        for name, module in (*self.network.named_modules(), *self._unregistered):
+            if module.training and not (self.computes_loss and not _is_layer(module)):
                 raise InputError(
                     "frozen",
                     f"the shared network's {name or 'root'!r} was switched to training mode; "
                     "call network.eval(), or let Frozen keep its own copy (copy=True)",
                 )
-        for name, parameter in self.network.named_parameters():
-            if parameter.requires_grad:
-                raise InputError(
-                    "frozen",
-                    f"the shared network's {name!r} requires a gradient again; "
-                    "call network.requires_grad_(False), or let Frozen keep its own copy (copy=True)",
-                )
+            for inner, parameter in module.named_parameters(recurse=False):
+                if parameter.requires_grad:
+                    where = f"{name}.{inner}" if name else inner
+                    raise InputError(
+                        "frozen",
+                        f"the shared network's {where!r} requires a gradient again; "
+                        "call network.requires_grad_(False), or let Frozen keep its own copy (copy=True)",
+                    )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Frozen:
         # Modules move and cast through _apply: the hidden network has to be handed on.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if recurse:
+            values = self._values
+            if values is None and not keeps_values(fn):  # to_empty(), or to("meta")
+                values = snapshot(self.network)
             self.network._apply(fn)  # type: ignore[no-untyped-call]
+            for _, module in self._unregistered:
+                module._apply(fn, recurse=False)  # type: ignore[no-untyped-call]
+            self._values = None if values is None or restore_(self.network, values) else values
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        for _, module in modules_of(self.network):
+            release_graphs(module)  # a graph can be neither copied nor saved
+        return dict(self.__dict__)
 
 
 def freeze(
@@ -201,58 +251,25 @@ def hold(function: Callable[..., Any] | None) -> Callable[..., Any] | None:
     return freeze(function) if isinstance(function, nn.Module) else function
 
 
-def check_layers(where: str, network: nn.Module, layers: Sequence[str]) -> None:
-    """Refuse a layer path that the network does not have."""
-    known = {name for name, _ in network.named_modules() if name}
-    for layer in layers:
-        if layer not in known:
+def _check_has_values(network: nn.Module) -> None:
+    for name, tensor in registered_tensors_of(network):
+        if tensor.is_meta or is_lazy(tensor):
             raise InputError(
-                where,
-                f"the network has no layer {layer!r}; {nearest(layer, known)} "
-                "(see [name for name, _ in network.named_modules()])",
+                "frozen",
+                f"{name!r} of the network has no values (it was built on the meta device, or is lazy); "
+                "build it outside of torch.device('meta') and load its weights first",
             )
 
 
-def _is_leaf(module: nn.Module) -> bool:
-    # Attention has a child, yet its dropout is its own.
-    return next(module.children(), None) is None or isinstance(module, nn.MultiheadAttention)
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a module computes something of its own, rather than only holding others together.
 
-
-class _AllReached(Exception):  # noqa: N818 - a signal, not an error
-    """Ends a forward pass that has nothing left to give."""
-
-
-def _capture(network: nn.Module, x: Tensor, layers: Sequence[str]) -> tuple[Any, ...]:
-    found: dict[str, tuple[Any, int]] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            found.setdefault(name, (output, _version(output)))
-            if len(found) == len(layers):
-                raise _AllReached
-
-        return hook
-
-    handles = [network.get_submodule(name).register_forward_hook(keep(name)) for name in layers]
-    try:
-        with contextlib.suppress(_AllReached):
-            network(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name in layers:
-        if name not in found:
-            raise InputError("features", f"layer {name!r} never ran in the network's forward pass")
-        output, version = found[name]
-        if _version(output) != version:
-            raise InputError(
-                "features",
-                f"layer {name!r} is overwritten in place by the layer after it; name that layer instead, "
-                "or set its inplace to False",
-            )
-    return tuple(found[name][0] for name in layers)
-
-
-def _version(output: Any) -> int:
-    # Tensors of inference mode do not count their versions.
-    return output._version if isinstance(output, Tensor) and not output.is_inference() else 0
+    Having children says little: attention has a child, yet its dropout is its own; a batch norm may own an activation.
+    """
+    if next(module.children(), None) is None:
+        return True
+    kinds = {kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.modules.")}
+    if kinds - {nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict}:
+        return True
+    statistics = any(name.startswith("running_") or name == "num_batches_tracked" for name in module._buffers)
+    return statistics or re.search(r"Norm(?![a-z])|Drop(out|Path|Block)|Stochastic", type(module).__name__) is not None

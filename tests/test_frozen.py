@@ -164,32 +164,67 @@ def test_a_function_is_no_network() -> None:
         Frozen(lambda x: x)
 
 
-def test_features_stop_after_the_last_layer_they_need() -> None:
-    ran = []
-    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Tanh(), nn.Conv2d(2, 2, 1))
-    network[2].register_forward_hook(lambda *_: ran.append(1))
-    frozen = Frozen(network, copy=False)
+class OwnLoss(nn.Module):
+    """Computes its own loss, through a norm that has a child."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(1, 3, 1), norm
+
+    def forward(self, x, label):
+        if not self.training:
+            raise RuntimeError("no loss in eval mode")
+        return cross_entropy(self.norm(self.stem(x)), label)
+
+
+class NormAndActivation(nn.BatchNorm2d):
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
+class OwnStatistics(nn.Module):
+    """A third party's norm: its own statistics, no torch class, and a child."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.act = nn.Sequential(nn.Dropout(0.5), nn.ReLU())
+
+    def forward(self, x):
+        return self.act(nn.functional.batch_norm(x, self.running_mean, self.running_var, training=self.training))
+
+
+class DropPathAct(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        return nn.functional.dropout(self.act(x), 0.5, self.training)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda: NormAndActivation(3),
+        lambda: OwnStatistics(3),
+        lambda: nn.utils.parametrizations.weight_norm(nn.BatchNorm2d(3)),
+        DropPathAct,
+        lambda: pytest.importorskip("timm").layers.BatchNormAct2d(3),
+    ],
+    ids=["torch norm with a child", "norm of its own", "parametrised norm", "drop path", "timm"],
+)
+def test_layers_with_children_stay_in_eval_where_the_network_computes_its_loss(norm) -> None:
+    loss = TaskOrientedLoss(OwnLoss(norm()), None)
     x = image()
-    features = frozen.features(x, ["1", "0"])
-    assert list(features) == ["1", "0"] and not ran
-    assert torch.equal(features["1"], network[1](network[0](x)))
-    assert not network[0]._forward_hooks, "hooks stay behind"
-
-
-def test_features_overwritten_in_place_are_refused() -> None:
-    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(inplace=True), nn.Conv2d(2, 2, 1))
-    with pytest.raises(InputError, match=r"layer '0' is overwritten in place by the layer after it; name that layer"):
-        Frozen(network).features(image(), ["0", "2"])
-
-
-def test_features_of_a_layer_that_never_runs() -> None:
-    class Lazy(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.used, self.unused = nn.Identity(), nn.Identity()
-
-        def forward(self, x):
-            return self.used(x)
-
-    with pytest.raises(InputError, match="layer 'unused' never ran in the network's forward pass"):
-        Frozen(Lazy()).features(image(), ["unused"])
+    y = labels(x)
+    before = loss.task_model.digest()
+    first = loss(x, y)
+    assert loss.task_model.digest() == before, "batch statistics moved"
+    network = loss.task_model.network
+    assert torch.equal(first, loss(x, y)) and torch.equal(first, cross_entropy(network.norm.eval()(network.stem(x)), y))

@@ -12,8 +12,8 @@ import taskloss
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"checks", "precision", "distributed", "lean_layers", "page", "signals", "_version"},
-    {"lean"},
+    {"checks", "trees", "distributed", "lean_layers", "page", "signals", "_version"},
+    {"precision", "holdings", "features", "lean"},
     {"frozen", "algebra"},
     {"audit", "transfer"},
     {"task", "consistency", "fidelity", "constraints"},
