@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from taskloss.algebra import Term
@@ -55,4 +56,6 @@ class AdversarialLoss(Term):
     def forward(self, x_hat: Tensor) -> Tensor:
         """``-E[D(x_hat)]``, a scalar; see the class."""
         check_image(self.where, x_hat)
+        if not torch.compiler.is_compiling():
+            self.critic.replicas.note(x_hat)
         return -self.critic.judge(x_hat).mean()

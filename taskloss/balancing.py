@@ -11,7 +11,7 @@ from torch import Tensor
 
 from taskloss.algebra import LossSum, LossValue, check_names
 from taskloss.checks import InputError, check_image
-from taskloss.distributed import n_processes, sum_over_processes_
+from taskloss.distributed import ReplicaCheck, n_processes, sum_over_processes_
 from taskloss.gradients import value_and_gradient
 from taskloss.precision import full_precision
 
@@ -85,6 +85,7 @@ class GradientBalancer:
         self.aggregator = aggregator
         self.decay = decay
         self.total_norm = total_norm
+        self._replicas = ReplicaCheck()
         self._averages: dict[str, tuple[float, int]] = {}  # moving average of the norm, and how many it has seen
 
     def backward(
@@ -118,6 +119,8 @@ class GradientBalancer:
         check_image("gradient_balancer", x_hat)
         if not x_hat.requires_grad:
             raise InputError("gradient_balancer", "x_hat carries no graph; pass the denoiser's output, not detached")
+        self._replicas.note(x_hat)
+        self._replicas.compare("gradient_balancer", x_hat.device)
         base = self.loss.weights_at(step)
         terms: dict[str, Tensor] = {}
         gradients: dict[str, Tensor] = {}

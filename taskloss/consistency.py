@@ -66,7 +66,7 @@ class TaskConsistencyLoss(Term):
     def __init__(
         self,
         task_model: nn.Module,
-        distance: Callable[[Any, Any], Tensor],
+        distance: nn.Module | Callable[[Any, Any], Tensor],
         *,
         layers: Sequence[str] | Mapping[str, float] | None = None,
         preprocess: Callable[[Tensor], Any] | None = None,

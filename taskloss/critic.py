@@ -11,7 +11,7 @@ from torch.func import functional_call
 from taskloss.algebra import LossValue
 from taskloss.checks import InputError, check_image, check_same, shape
 from taskloss.constraints import Constraint, WeightClipping
-from taskloss.distributed import average_gradients_, share_weights_
+from taskloss.distributed import ReplicaCheck, average_gradients_, share_weights_
 from taskloss.precision import full_precision, no_autocast
 
 
@@ -73,6 +73,7 @@ class WassersteinCritic(nn.Module):
         self.constraint: Constraint = WeightClipping(0.01) if constraint is None else constraint
         self.constraint.check(network)
         self._weights_shared = False
+        self.replicas = ReplicaCheck()
 
     def forward(self, images: Tensor) -> Tensor:
         """One score per sample, ``(N,)``, in float32 or wider."""
@@ -114,12 +115,13 @@ class WassersteinCritic(nn.Module):
 
         Under ``torch.distributed`` the gradients are averaged over the processes here, so the critic needs no
         ``DistributedDataParallel`` around it (whose hooks a gradient penalty would break); the first step gives every
-        process the first one's weights. A ``GradScaler``'s ``backward`` must unscale the gradients too, because the
-        optimiser steps without it.
+        process the first one's weights. Denoisers that drift apart, because nothing averages their gradients, get a
+        warning. A ``GradScaler``'s ``backward`` must unscale the gradients too, because the optimiser steps without it.
         """
         if not self._weights_shared:
             share_weights_(self.network)
             self._weights_shared = True
+        self.replicas.compare("wasserstein_critic", x_hat.device)
         value = self.breakdown(x_hat, reference)
         optimizer.zero_grad(set_to_none=True)
         (backward or torch.Tensor.backward)(value.total)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Iterable
 
 import torch
@@ -45,3 +47,67 @@ def average_gradients_(parameters: Iterable[nn.Parameter]) -> None:
         sum_over_processes_(flat).div_(n)
         for parameter, mean in zip(group, torch.split(flat, [p.numel() for p in group]), strict=True):
             parameter.grad = mean.view_as(parameter).clone()
+
+
+class ReplicaCheck:
+    """Notices that the processes train denoisers of their own, because nothing averages their gradients.
+
+    That happens in silence where a trainer averages in its own backward and ``loss.backward()`` is called instead. The
+    weights behind x_hat are compared (two sums in one message) before the second, fourth, eighth... step, in a call
+    that all processes make anyway. Weights that a trainer shards are left out: they differ by right.
+    """
+
+    def __init__(self) -> None:
+        self._weights: list[weakref.ref[Tensor]] = []
+        self._calls = 0
+        self._told = False
+
+    def __reduce__(self) -> tuple[type[ReplicaCheck], tuple[()]]:
+        return type(self), ()  # a copy knows no denoiser
+
+    def note(self, x_hat: Tensor) -> None:
+        """Remember the weights behind x_hat, at the first image that has any."""
+        if n_processes() > 1 and not self._weights:
+            self._weights = [weakref.ref(weight) for weight in _leaves(x_hat)]
+
+    def compare(self, where: str, device: torch.device) -> None:
+        """Warn once, on every process, if the weights differ; all processes must make this call."""
+        self._calls += 1
+        if n_processes() == 1 or self._told or self._calls == 1 or self._calls & (self._calls - 1):
+            return
+        sums = self._sums(device)
+        spread = torch.cat([sums, -sums])
+        dist.all_reduce(spread, op=dist.ReduceOp.MAX)
+        most, least = spread[: len(sums)], -spread[len(sums) :]
+        if bool((most - least > 1e-9 * most[-1]).any()):
+            self._told = True
+            warnings.warn(
+                f"{where}: the denoiser's weights differ between the processes, because nothing averages its "
+                "gradients; call the trainer's own backward (self.manual_backward(loss), fabric.backward(loss)) "
+                "in place of loss.backward(), or call the denoiser through DistributedDataParallel",
+                stacklevel=3,
+            )
+
+    def _sums(self, device: torch.device) -> Tensor:
+        weights = [weight for reference in self._weights if (weight := reference()) is not None]
+        whole = [type(w) is nn.Parameter and w.untyped_storage().size() > 0 for w in weights]
+        if not weights or not all(whole):
+            return torch.zeros(2, dtype=torch.float64, device=device)
+        wide = (weight.detach().double() for weight in weights)  # one at a time: twice the memory of the largest
+        return torch.stack([torch.stack([w.sum(), w.square().sum()]) for w in wide]).sum(0).to(device)
+
+
+def _leaves(x: Tensor) -> list[Tensor]:
+    """The parameters that x was computed from."""
+    found: list[Tensor] = []
+    seen, waiting = set(), [x.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        weight = getattr(node, "variable", None)
+        if isinstance(weight, nn.Parameter):
+            found.append(weight)
+        waiting += [before for before, _ in node.next_functions]
+    return found

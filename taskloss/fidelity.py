@@ -53,9 +53,9 @@ class Fidelity(Term):
 
     def __init__(
         self,
-        criterion: Callable[[Tensor, Tensor], Tensor],
+        criterion: nn.Module | Callable[[Tensor, Tensor], Tensor],
         *,
-        preprocess: Callable[[Tensor], Tensor] | None = None,
+        preprocess: nn.Module | Callable[[Tensor], Tensor] | None = None,
         expects: tuple[float, float] | None | str = "known",
     ) -> None:
         super().__init__()

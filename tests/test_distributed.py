@@ -6,6 +6,7 @@ import datetime
 import multiprocessing
 import time
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def play(constraint: str, how: str, rank: int, n_processes: int, *, unlabelled_rank: int | None = None) -> Record:
+def play(
+    constraint: str,
+    how: str,
+    rank: int,
+    n_processes: int,
+    *,
+    unlabelled_rank: int | None = None,
+    wrapped: bool = True,
+) -> Record:
     """A few steps of the whole game on this process's part of every batch; denoisers start equal, critics do not."""
     torch.manual_seed(0)
     denoiser = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 1, 3, padding=1)).double()
@@ -61,7 +70,7 @@ def play(constraint: str, how: str, rank: int, n_processes: int, *, unlabelled_r
         mse=0.5 * Fidelity(nn.MSELoss()),
     ).double()
     balancer = GradientBalancer(loss, shares={"adv": 1.0, "task": 2.0, "mse": 1.0}, decay=0.9)
-    model = nn.parallel.DistributedDataParallel(denoiser) if n_processes > 1 else denoiser
+    model = nn.parallel.DistributedDataParallel(denoiser) if n_processes > 1 and wrapped else denoiser
     opt_g = torch.optim.SGD(denoiser.parameters(), lr=0.05)
     opt_d = torch.optim.SGD(critic.parameters(), lr=0.05)
     n = BATCH // n_processes
@@ -110,8 +119,14 @@ def work(rank: int, folder: str) -> None:
             world_size=N_PROCESSES,
             timeout=datetime.timedelta(seconds=PATIENCE_S / 2),
         )
+        warnings.simplefilter("error")  # no word about denoisers that are one
         records = {name: play(*game, rank, N_PROCESSES) for name, game in GAMES.items()}
         records["unlabelled"] = play("clipping", "balanced", rank, N_PROCESSES, unlabelled_rank=1)
+        for how in ("total-backward", "balanced"):
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                records[f"drift-{how}"] = play("clipping", how, rank, N_PROCESSES, wrapped=False)
+            records[f"drift-{how}"]["told"] = [str(warning.message) for warning in told]
         torch.save(records, Path(folder) / f"{rank}.pt")
         dist.destroy_process_group()
     except BaseException:
@@ -173,3 +188,15 @@ def test_the_game_moves(one: dict[str, Record], game: str) -> None:
 def test_a_process_without_labels_stays_in_step_with_the_others(two: list[dict[str, Record]], what: str) -> None:
     first, second = (records["unlabelled"][what] for records in two)
     torch.testing.assert_close(first, second, rtol=RTOL, atol=ATOL)
+
+
+@pytest.mark.parametrize(("how", "who"), [("total-backward", "wasserstein_critic"), ("balanced", "gradient_balancer")])
+def test_denoisers_that_drift_apart_are_told_once_on_every_process(
+    two: list[dict[str, Record]], how: str, who: str
+) -> None:
+    first, second = (records[f"drift-{how}"] for records in two)
+    assert not torch.equal(first["gradients"][-1], second["gradients"][-1])
+    for record in (first, second):
+        (told,) = record["told"]
+        assert told.startswith(f"{who}: the denoiser's weights differ between the processes")
+        assert "self.manual_backward(loss)" in told
