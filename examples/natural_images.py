@@ -17,7 +17,7 @@ import csv
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,7 @@ from .natural_worlds import WORLDS, Images, World
 
 REFERENCES = ["clean", "degraded", "oracle"]  # no restorer: what it can be measured against
 SAVE_EVERY = 100  # steps
+TRUNK = 2 / 3  # of the steps: where the guides of the late settings begin to speak, until then they are MSE alone
 HEADER = ["world", "degradation", "setting", "stage", "seed", "unit", "network", "role", "metric", "value"]
 
 
@@ -121,7 +122,7 @@ class Setting:
             "features": lambda: TaskConsistencyLoss(guides[0], nn.MSELoss(), layers=layers),
             "label_free": lambda: TaskConsistencyLoss(guides[0], soft_kl),
         }
-        first, last = (edge * steps for edge in self.span)
+        first, last = (round(edge * steps) for edge in self.span)
 
         def speaking(step: int) -> float:
             return float(first <= step < last)
@@ -147,8 +148,11 @@ SETTINGS = {
     "label_free": Setting(shares={"mse": 1.0, "label_free": 1.0}),
     "more_task": Setting(shares={"mse": 1.0, "task": 3.0}),
     "less_task": Setting(shares={"mse": 3.0, "task": 1.0}),
-    "late": Setting(span=(0.5, 1.0)),
-    "early": Setting(span=(0.0, 0.5)),
+    "late": Setting(span=(TRUNK, 1.0)),
+    "late_two_augmented": Setting(n_guides=2, augment=True, span=(TRUNK, 1.0)),
+    "late_augmented": Setting(augment=True, span=(TRUNK, 1.0)),
+    "late_more_task": Setting(shares={"mse": 1.0, "task": 3.0}, span=(TRUNK, 1.0)),
+    "early": Setting(span=(0.0, TRUNK)),
 }
 
 
@@ -184,22 +188,34 @@ def degraded_batch(run: Run, world: World, draws: torch.Generator) -> tuple[Tens
     return DEGRADATIONS[run.degradation](clean, draws).to(memory_format=torch.channels_last), clean, label
 
 
-def train(run: Run, world: World, state_file: Path) -> nn.Module:
-    """Train a restorer; the state goes to ``state_file`` now and then, and the random numbers with it."""
+def falling(step: int, steps: int) -> float:
+    """The learning rate's factor: constant, and falling in a straight line over the last sixth of the steps."""
+    return min(1.0, (steps - step) / (steps / 6))
+
+
+def train(run: Run, world: World, output: Path) -> nn.Module:
+    """Train a restorer, or go on with it: the state is kept in its folder, and the random numbers with it.
+
+    A late setting begins as MSE alone does, so it goes on from there where that training was carried out before.
+    """
     torch.manual_seed(run.seed)
-    setting = SETTINGS[run.setting]
+    setting, trunk_step = SETTINGS[run.setting], round(TRUNK * run.steps)
     restorer = Restorer().to(memory_format=torch.channels_last)
     balancer = GradientBalancer(setting.loss(world.networks, run.steps), shares=setting.shares)
     optimizer = torch.optim.Adam(restorer.parameters(), lr=run.rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: falling(step, run.steps))
     draws = torch.Generator().manual_seed(run.seed)  # of batches and noise: the same for every setting
     kept = {"restorer": restorer, "balancer": balancer, "loss": balancer.loss, "optimizer": optimizer, "lr": schedule}
+    state_file = output / run.name / "state.pt"
+    trunk_file = output / replace(run, setting="mse").name / "trunk.pt"
     first = 0
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
+    found = [state_file, trunk_file] if setting.span[0] == TRUNK else [state_file]
+    for source in [file for file in found if file.exists()][:1]:
+        state = torch.load(source, weights_only=True)
         first = state["step"]
         for name, part in kept.items():
-            part.load_state_dict(state[name])
+            if name != "loss" or source == state_file:  # of the trunk, whose sum has no guides
+                part.load_state_dict(state[name])
         draws.set_state(state["draws"])
         torch.set_rng_state(state["rng"])
     for step in range(first, run.steps):
@@ -208,11 +224,13 @@ def train(run: Run, world: World, state_file: Path) -> nn.Module:
         balancer.backward(restorer(degraded), reference=clean, label=label, step=step)
         optimizer.step()
         schedule.step()
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == run.steps:
+        at_trunk = run.setting == "mse" and step + 1 == trunk_step
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == run.steps or at_trunk:
             state = {name: part.state_dict() for name, part in kept.items()}
             state |= {"step": step + 1, "draws": draws.get_state(), "rng": torch.get_rng_state()}
-            torch.save(state, state_file.with_suffix(".part"))
-            state_file.with_suffix(".part").replace(state_file)
+            for file in (state_file, trunk_file) if at_trunk else (state_file,):
+                torch.save(state, file.with_suffix(".part"))
+                file.with_suffix(".part").replace(file)
     return restorer.eval()
 
 
@@ -221,7 +239,7 @@ def oracle(run: Run, world: World) -> nn.Module:
     draws = torch.Generator().manual_seed(run.seed)
     student = world.student().train()
     optimizer = torch.optim.Adam(student.parameters(), lr=run.rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: falling(step, run.steps))
     for _ in range(run.steps):
         degraded, _clean, label = degraded_batch(run, world, draws)
         optimizer.zero_grad()
@@ -276,7 +294,7 @@ def carry_out(run: Run, folder: Path, world: World) -> list[list[str]]:
         scores = judge(nn.Identity(), "none" if run.setting == "clean" else run.degradation, judged, networks)
     else:
         guides = list(networks)[: SETTINGS[run.setting].n_guides]
-        restorer = train(run, world, folder / "state.pt")
+        restorer = train(run, world, folder.parent)
         scores = judge(restorer, run.degradation, judged, networks)
         on_clean = judge(restorer, "none", judged.part(0, of=4), networks)
         scores |= {(network, f"clean_{metric}"): value for (network, metric), value in on_clean.items()}
@@ -301,7 +319,7 @@ def write_csv(path: Path, rows: Sequence[Sequence[str]]) -> None:
 def alarm(runs: dict[str, Run], setting: str, output: Path, world: World) -> str:
     """What the transfer meter says of a setting beside MSE alone, both trained from one seed."""
     one, other = runs[setting], runs["mse"]
-    restorers = [train(run, world, output / run.name / "state.pt") for run in (one, other)]
+    restorers = [train(run, world, output) for run in (one, other)]
     guide, *judges = world.networks
     if SETTINGS[setting].n_guides > 1:
         judges = judges[SETTINGS[setting].n_guides - 1 :]
@@ -326,10 +344,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--networks", type=Path, help="folder of resnet*-*.th; default: DATA/resnet_cifar10")
     parser.add_argument("--output", type=Path, default=Path("runs/natural_images"))
     parser.add_argument("--degradations", nargs="+", default=["half"], choices=DEGRADATIONS)
-    parser.add_argument("--settings", nargs="+", default=["mse", "task"], choices=[*REFERENCES, *SETTINGS])
+    parser.add_argument("--settings", nargs="+", default=["mse", "late"], choices=[*REFERENCES, *SETTINGS])
     parser.add_argument("--stage", default="exploration", choices=["pilot", "exploration", "confirming"])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--alarm", action="store_true", help="let the transfer meter look at the last seed")

@@ -63,11 +63,17 @@ def test_the_study_runs_and_gathers_its_results(data, tmp_path, capsys) -> None:
     assert rows_of(tmp_path / "exploration.csv") == rows
 
 
+def trained(run: study.Run, world, output) -> dict[str, torch.Tensor]:
+    """The weights after training in a folder of its own."""
+    (output / run.name).mkdir(parents=True, exist_ok=True)
+    return study.train(run, world, output).state_dict()
+
+
 def test_a_killed_training_goes_on_to_the_same_bits(data, tmp_path, monkeypatch) -> None:
     world = cifar10(data, None)
     run = study.Run("cifar10", "noise25", "two_augmented", "exploration", 0, 5, 1, 1e-3)
     monkeypatch.setattr(study, "SAVE_EVERY", 2)
-    whole = study.train(run, world, tmp_path / "whole.pt").state_dict()
+    whole = trained(run, world, tmp_path / "whole")
     calls = iter(range(10**6))
     draw = study.degraded_batch
 
@@ -78,10 +84,20 @@ def test_a_killed_training_goes_on_to_the_same_bits(data, tmp_path, monkeypatch)
 
     monkeypatch.setattr(study, "degraded_batch", dies)
     with pytest.raises(KeyboardInterrupt):
-        study.train(run, world, tmp_path / "killed.pt")
-    resumed = study.train(run, world, tmp_path / "killed.pt").state_dict()
+        trained(run, world, tmp_path / "killed")
+    resumed = trained(run, world, tmp_path / "killed")
     assert next(calls) == 4 + 3  # steps 2, 3 and 4 only
     assert all(torch.equal(whole[name], tensor) for name, tensor in resumed.items())
+
+
+def test_a_late_setting_from_the_trunk_is_one_from_the_start(data, tmp_path) -> None:
+    world = cifar10(data, None)
+    mse, late = (study.Run("cifar10", "noise25", name, "exploration", 0, 3, 2, 1e-3) for name in ("mse", "late"))
+    plain = trained(mse, world, tmp_path / "shared")
+    assert torch.load(tmp_path / "shared" / mse.name / "trunk.pt", weights_only=True)["step"] == 2
+    shared, alone = (trained(late, world, tmp_path / name) for name in ("shared", "alone"))
+    assert all(torch.equal(shared[name], tensor) for name, tensor in alone.items())
+    assert not torch.equal(plain["last.weight"], alone["last.weight"])
 
 
 def test_the_settings_differ_in_nothing_but_the_loss(data, tmp_path) -> None:
@@ -89,8 +105,8 @@ def test_the_settings_differ_in_nothing_but_the_loss(data, tmp_path) -> None:
     first = {}
     for setting in ("mse", "task"):
         run = study.Run("cifar10", "noise25", setting, "exploration", 0, 1, 2, 0.0)
-        first[setting] = study.train(run, world, tmp_path / f"{setting}.pt").state_dict()
-        state = torch.load(tmp_path / f"{setting}.pt", weights_only=True)
+        first[setting] = trained(run, world, tmp_path)
+        state = torch.load(tmp_path / run.name / "state.pt", weights_only=True)
         first[setting] |= {"draws": state["draws"]}
     assert all(torch.equal(first["mse"][name], tensor) for name, tensor in first["task"].items())
 
