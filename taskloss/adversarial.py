@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from taskloss.algebra import Term
-from taskloss.checks import check_image
+from taskloss.checks import check_callable, check_image
 from taskloss.critic import WassersteinCritic
 
 
@@ -42,6 +42,8 @@ class AdversarialLoss(Term):
     def __init__(self, critic: WassersteinCritic) -> None:
         super().__init__()
         if not isinstance(critic, WassersteinCritic):
+            if isinstance(critic, type):
+                check_callable("adversarial_loss", critic, "expected a WassersteinCritic")
             raise TypeError(
                 f"adversarial_loss: expected a WassersteinCritic, got {type(critic).__name__}; "
                 "wrap the network in WassersteinCritic(network=...)"

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from taskloss.algebra import LossSum, LossValue, check_names
-from taskloss.checks import InputError, check_image
+from taskloss.checks import InputError, check_callable, check_image
 from taskloss.distributed import ReplicaCheck, n_processes, sum_over_processes_
+from taskloss.finite import not_finite
 from taskloss.gradients import value_and_gradient
 from taskloss.precision import full_precision
 
@@ -69,6 +70,9 @@ class GradientBalancer:
     ) -> None:
         if (shares is None) == (aggregator is None):
             raise ValueError("gradient_balancer: give either shares={...} or aggregator=..., not both")
+        if aggregator is not None:
+            usage = "aggregator must be callable as aggregator(matrix), such as torchjd.aggregation.UPGrad()"
+            check_callable("gradient_balancer", aggregator, usage)
         if not isinstance(loss, LossSum):
             raise TypeError(f"gradient_balancer: expected a LossSum, got {type(loss).__name__}; LossSum(name=term)")
         if not 0 <= decay < 1:
@@ -128,7 +132,7 @@ class GradientBalancer:
             if self.shares is not None and name not in self.shares:
                 raise InputError("gradient_balancer", f"term {name!r} has no share; add it to shares={{...}}")
             terms[name], gradients[name] = value_and_gradient(compute, x_hat)
-        norms, numbers = self._measure(terms, gradients)
+        norms, numbers = self._measure(terms, gradients, x_hat=x_hat, reference=reference)
         if self.shares is not None:
             weights = self._weights_by_share(norms)
             combined = torch.zeros_like(full_precision(x_hat.detach()))
@@ -163,7 +167,7 @@ class GradientBalancer:
         self._averages = {name: (float(mean), int(n)) for name, (mean, n) in state["averages"].items()}
 
     def _measure(
-        self, terms: dict[str, Tensor], gradients: dict[str, Tensor]
+        self, terms: dict[str, Tensor], gradients: dict[str, Tensor], **inputs: Tensor | None
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Norms over all processes' samples, and the terms' values, in one transfer from the device."""
         names = list(terms)
@@ -180,10 +184,7 @@ class GradientBalancer:
         norms = {n: math.sqrt(s) / n_processes() for n, s in zip(names, squares_, strict=True)}
         for name in names:
             if not (math.isfinite(norms[name]) and math.isfinite(numbers[name])):
-                raise FloatingPointError(
-                    f"{name}: the loss is {numbers[name]} and its gradient norm at x_hat is {norms[name]}; "
-                    "look at this term's inputs"
-                )
+                raise not_finite([name], numbers[name], norms[name], inputs=inputs)
         return norms, numbers
 
     def _weights_by_share(self, norms: Mapping[str, float]) -> dict[str, float]:

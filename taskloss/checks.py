@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+# A complex image has two numbers per pixel, and .float() would drop one of them.
+_AS_CHANNELS = "give real and imaginary part as channels: torch.cat([{0}.real, {0}.imag], 1)"
 
 
 class InputError(ValueError):
@@ -47,6 +52,8 @@ def check_image(where: str, x_hat: object) -> None:
     """Refuse anything but a floating-point batch ``(N, C, *spatial)`` with one to three spatial axes."""
     if not isinstance(x_hat, Tensor):
         raise InputError(where, f"x_hat must be a tensor (N, C, *spatial), got {type(x_hat).__name__}")
+    if x_hat.is_complex():
+        raise InputError(where, f"x_hat must be real, got {x_hat.dtype}; {_AS_CHANNELS.format('x_hat')}")
     if not x_hat.is_floating_point():
         raise InputError(where, f"x_hat must be floating point, got {x_hat.dtype}; call x_hat.float()")
     if not 3 <= x_hat.dim() <= 5:
@@ -71,28 +78,44 @@ def check_same(where: str, x_hat: Tensor, reference: object) -> None:
             where,
             f"x_hat is on {x_hat.device} but reference is on {reference.device}; call reference.to('{x_hat.device}')",
         )
+    if reference.is_complex():
+        raise InputError(where, f"reference must be real, got {reference.dtype}; {_AS_CHANNELS.format('reference')}")
     if not reference.is_floating_point():
         raise InputError(where, f"reference must be floating point, got {reference.dtype}; call reference.float()")
 
 
-def check_range(where: str, image: Tensor, expects: tuple[float, float]) -> None:
-    """Refuse an image that clearly is not in the range that a network or criterion was made for.
+def readable(*tensors: Tensor) -> bool:
+    """Whether the host can read the tensors' numbers: not under ``torch.compile``, ``torch.func`` or on ``meta``."""
+    if torch.compiler.is_compiling():
+        return False
+    return not any(t.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
 
-    Clearly means: it leaves the range by more than half its span, or spans less than 1/64 of it, or never goes
-    below zero where the range is symmetric about zero. Costs one device sync, so terms ask it only once.
+
+def check_callable(where: str, function: object, usage: str) -> None:
+    """Refuse what cannot be called, and a class where an object of it is meant.
+
+    Args:
+        where: The term.
+        function: What the caller gave.
+        usage: The argument and how it will be called: ``"task_criterion must be callable as criterion(p, label)"``.
     """
-    low, high = expects
-    span = high - low
-    least, most = torch.stack(torch.aminmax(image.detach())).tolist()
-    wide = least < low - span / 2 or most > high + span / 2
-    narrow = 0 < most - least < span / 64
-    one_sided = low == -high and least >= 0 and most > 0
-    if wide or narrow or one_sided:
-        raise InputError(
-            where,
-            f"the input spans [{least:.4g}, {most:.4g}] but [{low:g}, {high:g}] is expected; "
-            "convert it with preprocess=..., or pass expects=None",
-        )
+    if isinstance(function, type):
+        name = function.__name__
+        raise TypeError(f"{where}: {usage}, got the class {name} itself; make one of it: {name}()")
+    if not callable(function):
+        raise TypeError(f"{where}: {usage}, got {type(function).__name__}")
+
+
+def require(module: str, extra: str, where: str) -> Any:
+    """Import a package that an extra brings, or say which extra to install."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.split(".")[0]:
+            raise
+        raise ModuleNotFoundError(
+            f"{where}: needs {error.name}, which is not installed; pip install 'taskloss[{extra}]'", name=error.name
+        ) from None
 
 
 def shape(tensor: Tensor) -> str:

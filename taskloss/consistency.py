@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from taskloss.algebra import Term, to_scalar
 from taskloss.audit import find_blocker
-from taskloss.checks import InputError, check_image, check_range, check_same
+from taskloss.checks import InputError, check_callable, check_image, check_same
 from taskloss.features import check_layers
 from taskloss.frozen import Frozen, freeze, hold
 from taskloss.precision import full_precision, no_autocast
+from taskloss.ranges import RangeCheck
 
 
 class TaskConsistencyLoss(Term):
@@ -38,7 +39,7 @@ class TaskConsistencyLoss(Term):
         lean: Keep only what the gradient at x_hat needs (default; see :class:`Frozen`).
         cache: Keep the reference's features and reuse them while the same, unchanged tensor comes again (fitting
             one image for many steps, balancing after logging).
-        expects: Range of the network's input, for instance ``(0, 1)``; checked on the first reference.
+        expects: Range of the network's input, for instance ``(0, 1)``; checked until a reference has shown it.
 
     Shape:
         x_hat and reference ``(N, C, *spatial)``.
@@ -78,6 +79,7 @@ class TaskConsistencyLoss(Term):
         expects: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
+        check_callable(self.where, distance, "distance must be callable as distance(prediction, target)")
         self.task_model: Frozen = freeze(task_model, copy=copy, checkpoint=checkpoint, lean=lean)
         if isinstance(layers, str):
             layers = [layers]
@@ -91,8 +93,7 @@ class TaskConsistencyLoss(Term):
         self.distance = hold(distance)
         self.preprocess = hold(preprocess)
         self.output = hold(output)
-        self.expects = expects
-        self._range_checked = expects is None
+        self.check_range = RangeCheck(self.where, expects)
         self._cache = Remembered() if cache else None
 
     def forward(self, x_hat: Tensor, reference: Tensor) -> Tensor:
@@ -136,9 +137,8 @@ class TaskConsistencyLoss(Term):
         image = x if self.preprocess is None else self.preprocess(x)
         if isinstance(image, Tensor) and not torch.compiler.is_compiling():
             self.task_model.check_input(self.where, image)
-            if check and not self._range_checked and self.expects is not None:
-                check_range(self.where, image, self.expects)
-                self._range_checked = True
+            if check and not self.check_range.settled:
+                self.check_range(self.where, image)
         if self.layers is None:
             features = {"": self.task_model(image)}
         else:

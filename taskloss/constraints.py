@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import re
+import sys
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -11,8 +14,10 @@ from torch import Tensor, nn
 from taskloss.checks import InputError
 from taskloss.precision import full_precision, no_autocast
 
-_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
-_NORMS = (*_BATCH_NORMS, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+_TORCH_NORMS = (_BATCH_NORM, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm)
+_NORM_NAMES = re.compile(r"norm|abn|grn", re.IGNORECASE)  # RmsNorm, ActNorm, InPlaceABN, GlobalResponseNorm, GRN
+_BATCH_NORM_NAMES = re.compile(r"batch_?norm|abn|syncbn", re.IGNORECASE)
 
 
 class Constraint(Protocol):
@@ -30,6 +35,39 @@ class Constraint(Protocol):
         """Change the weights after a step."""
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalisation layer, torch's or another library's: it holds scales and shifts alone."""
+    if isinstance(module, _TORCH_NORMS):
+        return True
+    own = list(module.parameters(recurse=False))
+    vectors = all(p.numel() == max(p.shape, default=1) for p in own)  # (C,) or (1, C, 1, 1); a convolution is none
+    return bool(own) and vectors and _NORM_NAMES.search(type(module).__name__) is not None
+
+
+def mixes_samples(module: nn.Module) -> bool:
+    """Whether a module is a batch norm, torch's or another library's."""
+    name = type(module).__name__
+    if isinstance(module, _BATCH_NORM):
+        return True
+    return is_norm(module) and _BATCH_NORM_NAMES.search(name) is not None and "frozen" not in name.lower()
+
+
+@contextlib.contextmanager
+def _twice_differentiable() -> Iterator[None]:
+    """Attention by matrix products and compiled functions eagerly: their fast kernels have one derivative only."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        # Before anything is compiled dynamo is not imported, and that would cost seconds. The stance came in torch 2.6.
+        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
 class WeightClipping:
     r"""Clamp every parameter of the critic to ``[-clip, clip]`` after each step.
 
@@ -39,7 +77,8 @@ class WeightClipping:
 
     Args:
         clip: The bound, 0.01 in the paper.
-        skip_norm: Leave the scales and shifts of normalisation layers as they are.
+        skip_norm: Leave the scales and shifts of normalisation layers as they are: torch's, and those of other
+            libraries that are called so and hold nothing but scales and shifts.
 
     Reference:
         Task-Oriented Low-Dose CT Image Denoising, Eq. 1; Arjovsky et al., Wasserstein GAN, 2017, algorithm 1.
@@ -64,7 +103,7 @@ class WeightClipping:
     def apply_(self, network: nn.Module) -> None:
         """Clamp the weights in place."""
         for module in network.modules():
-            if self.skip_norm and isinstance(module, _NORMS):
+            if self.skip_norm and is_norm(module):
                 continue
             for parameter in module.parameters(recurse=False):
                 parameter.clamp_(-self.clip, self.clip)
@@ -96,7 +135,7 @@ class GradientPenalty:
     def check(self, network: nn.Module) -> None:
         """Refuse batch norm."""
         for name, module in network.named_modules():
-            if isinstance(module, _BATCH_NORMS):
+            if mixes_samples(module):
                 raise InputError(
                     "gradient_penalty",
                     f"{name!r} is a {type(module).__name__}, which mixes the samples of a batch; "
@@ -105,15 +144,18 @@ class GradientPenalty:
 
     def penalty(self, critic: Callable[[Tensor], Tensor], x_hat: Tensor, reference: Tensor) -> Tensor:
         """The unweighted penalty, a scalar."""
+        weights = critic.parameters() if isinstance(critic, nn.Module) else iter(())
+        dtype = next((p.dtype for p in weights if p.is_floating_point()), None)
         # Validation under inference mode wants the penalty too, and it is made of a gradient.
-        with torch.inference_mode(False), no_autocast(x_hat.device):
+        with torch.inference_mode(False), no_autocast(x_hat.device), _twice_differentiable():
             x_hat, reference = full_precision((x_hat.detach(), reference.detach()))
             alpha_shape = (x_hat.shape[0],) + (1,) * (x_hat.dim() - 1)
             device = x_hat.device if self.generator is None else self.generator.device
             alpha = torch.rand(alpha_shape, generator=self.generator, device=device, dtype=torch.float32)
             between = torch.lerp(x_hat, reference, alpha.to(x_hat)).requires_grad_()
             with torch.enable_grad():
-                (gradient,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
+                scores = critic(between if dtype is None else between.to(dtype))
+                (gradient,) = torch.autograd.grad(scores.sum(), between, create_graph=True)
             excess: Tensor = torch.linalg.vector_norm(gradient.flatten(1), dim=1) - 1
             return excess.square().mean()
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from taskloss.algebra import LossValue
-from taskloss.checks import InputError, check_image, check_same, shape
+from taskloss.algebra import LossValue, check_finite
+from taskloss.checks import InputError, check_callable, check_image, check_same, readable, shape
 from taskloss.constraints import Constraint, WeightClipping
+from taskloss.diagnosis import explains_double_backward, refusal
 from taskloss.distributed import ReplicaCheck, average_gradients_, share_weights_
+from taskloss.finite import greatest, not_finite
 from taskloss.precision import full_precision, no_autocast
 
 
@@ -35,8 +38,14 @@ class WassersteinCritic(nn.Module):
         network: Any network that gives each sample at least one number, in place of the paper's.
         constraint: :class:`WeightClipping` (the paper's) or :class:`GradientPenalty`.
 
+    Attributes:
+        check_finite: Raise an error that names the culprit when the loss, or in :meth:`step` its gradient, is NaN or
+            infinite (default), with the critic and its statistics left as they were. Costs one device sync, shared
+            with ``floats()``; False trains without any.
+
     Raises:
-        InputError: For images of another patch size, or a network that mixes samples.
+        InputError: For images of another patch size, device or dtype, or a network that mixes samples.
+        FloatingPointError: For a loss that is not finite.
         ValueError: If neither ``patch_size`` nor ``network`` is given, or both are.
 
     Example:
@@ -61,6 +70,14 @@ class WassersteinCritic(nn.Module):
         constraint: Constraint | None = None,
     ) -> None:
         super().__init__()
+        if network is not None and not isinstance(network, nn.Module):
+            check_callable("wasserstein_critic", network, "network must be an nn.Module")
+            raise TypeError(
+                f"wasserstein_critic: network must be an nn.Module, got {type(network).__name__}; "
+                "wrap the function in an nn.Module"
+            )
+        if isinstance(constraint, type):
+            check_callable("wasserstein_critic", constraint, "constraint must be an object")
         if (network is None) == (patch_size is None):
             raise ValueError(
                 "wasserstein_critic: give either patch_size, for the paper's network, or network=..., for your own"
@@ -72,6 +89,7 @@ class WassersteinCritic(nn.Module):
         self.network = network
         self.constraint: Constraint = WeightClipping(0.01) if constraint is None else constraint
         self.constraint.check(network)
+        self.check_finite = True
         self._weights_shared = False
         self.replicas = ReplicaCheck()
 
@@ -85,9 +103,22 @@ class WassersteinCritic(nn.Module):
 
     def breakdown(self, x_hat: Tensor, reference: Tensor) -> LossValue:
         """The critic's loss seen whole: ``fake`` = E[D(x_hat)], ``real`` = E[D(reference)], and the penalty."""
+        value = self._value(x_hat, reference)
+        if self.check_finite and readable(x_hat):
+            check_finite(
+                value,
+                within="wasserstein_critic/",
+                x_hat=x_hat,
+                reference=reference,
+                weights=self.network.parameters(),
+            )
+        return value
+
+    def _value(self, x_hat: Tensor, reference: Tensor) -> LossValue:
         check_image("wasserstein_critic", x_hat)
         check_same("wasserstein_critic", x_hat, reference)
         x_hat, reference = x_hat.detach(), reference.detach()
+        reference = self._alike(reference, x_hat)
         terms = {"fake": self(x_hat).mean(), "real": self(reference).mean()}
         weights = {"fake": 1.0, "real": -1.0}
         total = terms["fake"] - terms["real"]
@@ -122,18 +153,53 @@ class WassersteinCritic(nn.Module):
             share_weights_(self.network)
             self._weights_shared = True
         self.replicas.compare("wasserstein_critic", x_hat.device)
-        value = self.breakdown(x_hat, reference)
+        before = [buffer.clone() for buffer in self.network.buffers()] if self.check_finite else []
+        value = self._value(x_hat, reference)
         optimizer.zero_grad(set_to_none=True)
-        (backward or torch.Tensor.backward)(value.total)
+        try:
+            (backward or torch.Tensor.backward)(value.total)
+        except RuntimeError as error:
+            if explains_double_backward(error) and "penalty" in value.terms:
+                raise InputError(
+                    "gradient_penalty",
+                    "the critic cannot be differentiated twice, which the penalty needs; take out what torch names "
+                    "above, or use WeightClipping(0.01)",
+                ) from error
+            raise
         average_gradients_(self.parameters())
+        if self.check_finite:
+            self._check_step(value, x_hat, reference, before)
         optimizer.step()
         self.constraint.apply_(self.network)
         return value
+
+    def _check_step(self, value: LossValue, x_hat: Tensor, reference: Tensor, before: list[Tensor]) -> None:
+        """Name a loss or gradient that is not finite; weights and statistics then are as before the step."""
+        parameters = list(self.network.parameters())
+        worst = greatest(p.grad for p in parameters)
+        gradient = 0.0 if worst is None else value.floats_and(worst)
+        bad = [name for name, number in value.floats().items() if not math.isfinite(number)]
+        if not bad and math.isfinite(gradient):
+            return
+        with torch.no_grad():
+            for buffer, old in zip(self.network.buffers(), before, strict=True):
+                buffer.copy_(old)
+        for parameter in parameters:
+            parameter.grad = None
+        names = [name for name in bad if name != "total"] or ["total"]
+        raise not_finite(
+            [f"wasserstein_critic/{name}" for name in names],
+            value.floats()[names[0]],
+            gradient,
+            at="the weights",
+            inputs={"x_hat": x_hat, "reference": reference, "weights": parameters},
+        )
 
     @torch.no_grad()
     def distance(self, x_hat: Tensor, reference: Tensor) -> Tensor:
         """The Wasserstein estimate ``E[D(reference)] - E[D(x_hat)]``, a scalar for the log; nothing moves."""
         check_same("wasserstein_critic", x_hat, reference)
+        reference = self._alike(reference, x_hat)
         return (self.judge(reference) - self.judge(x_hat)).mean()
 
     def judge(self, images: Tensor) -> Tensor:
@@ -146,15 +212,24 @@ class WassersteinCritic(nn.Module):
         still.update((name, buffer.clone()) for name, buffer in self.network.named_buffers())
         return self._scores(lambda x: functional_call(self.network, still, (x,)), images)
 
+    def _alike(self, reference: Tensor, x_hat: Tensor) -> Tensor:
+        """The reference in the critic's precision, where the data came in another than x_hat."""
+        weight = next((p for p in self.network.parameters() if p.is_floating_point()), x_hat)
+        if reference.dtype == x_hat.dtype or torch.is_autocast_enabled(reference.device.type):
+            return reference
+        return reference.to(weight.dtype)
+
     def _scores(self, network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         check_image("wasserstein_critic", images)
         if self.patch_size is not None and tuple(images.shape[2:]) != self.patch_size:
+            mend = f"build it with patch_size={tuple(images.shape[2:])}"
+            if tuple(images.shape[1:]) == self.patch_size:
+                mend = "add the batch axis with x_hat[None]"
             raise InputError(
                 "wasserstein_critic",
-                f"built for patches of {self.patch_size}, got images {shape(images)}; "
-                f"build it with patch_size={tuple(images.shape[2:])}",
+                f"built for patches of {self.patch_size}, got images {shape(images)}; {mend}",
             )
-        scores = network(images)
+        scores = network(images) if torch.compiler.is_compiling() else self._run(network, images)
         if scores.dim() == 0 or scores.shape[0] != images.shape[0]:
             raise InputError(
                 "wasserstein_critic",
@@ -164,6 +239,15 @@ class WassersteinCritic(nn.Module):
         with no_autocast(images.device):
             rows: Tensor = full_precision(scores).flatten(1).mean(1) if scores.dim() > 1 else full_precision(scores)
         return rows
+
+    def _run(self, network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        try:
+            return network(images)
+        except (RuntimeError, ValueError) as error:
+            sentence = refusal(error, self.network, images, who="the critic", owner="critic")
+            if sentence is None:
+                raise
+            raise InputError("wasserstein_critic", sentence) from error
 
 
 def paper_critic(

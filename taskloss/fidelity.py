@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from taskloss.algebra import Term, to_scalar
-from taskloss.checks import InputError, check_image, check_range, check_same, shape
+from taskloss.checks import InputError, check_callable, check_image, check_same, shape
 from taskloss.frozen import Frozen, hold
 from taskloss.precision import full_precision, no_autocast
+from taskloss.ranges import RangeCheck
 
 
 class Fidelity(Term):
@@ -28,8 +29,8 @@ class Fidelity(Term):
     Args:
         criterion: ``criterion(x_hat, reference)``, a scalar or one value per sample.
         preprocess: Differentiable map applied to both images first (channels, range).
-        expects: Range of the criterion's input; checked on the first reference, after ``preprocess``. Left out, it
-            is (-1, 1) for LPIPS and unchecked for the rest; None never checks.
+        expects: Range of the criterion's input; checked after ``preprocess``, until a reference has shown it. Left
+            out, it is (-1, 1) for LPIPS and unchecked for the rest; None never checks.
 
     Shape:
         x_hat and reference ``(N, C, *spatial)``.
@@ -59,10 +60,7 @@ class Fidelity(Term):
         expects: tuple[float, float] | None | str = "known",
     ) -> None:
         super().__init__()
-        if not callable(criterion):
-            raise TypeError(
-                f"fidelity: criterion must be callable as criterion(x_hat, reference), got {type(criterion).__name__}"
-            )
+        check_callable(self.where, criterion, "criterion must be callable as criterion(x_hat, reference)")
         self.criterion = hold(criterion)
         self.preprocess = hold(preprocess)
         inner = self.criterion.network if isinstance(self.criterion, Frozen) else None
@@ -71,8 +69,7 @@ class Fidelity(Term):
             _mend_lpips_(inner)
         if isinstance(expects, str):
             expects = (-1.0, 1.0) if self._lpips else None
-        self.expects = expects
-        self._range_checked = expects is None
+        self.check_range = RangeCheck(self.where, expects)
 
     def forward(self, x_hat: Tensor, reference: Tensor) -> Tensor:
         """The criterion between ``x_hat`` and ``reference``; see the class."""
@@ -85,9 +82,8 @@ class Fidelity(Term):
                 self.where,
                 f"LPIPS needs 3 channels, got {shape(x_hat)}; pass preprocess=lambda x: x.expand(-1, 3, -1, -1)",
             )
-        if not self._range_checked and self.expects is not None and not torch.compiler.is_compiling():
-            check_range(self.where, reference, self.expects)
-            self._range_checked = True
+        if not self.check_range.settled:
+            self.check_range(self.where, reference)
         with no_autocast(x_hat.device):
             value = self.criterion(full_precision(x_hat), full_precision(reference))  # type: ignore[misc]
             return to_scalar(self.where, value, x_hat.shape[0])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from taskloss.checks import InputError
+from taskloss.checks import InputError, require
 from taskloss.gradients import Focus, GradientMaps
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def plot_gradient_maps(
     Reference:
         Task-Oriented Low-Dose CT Image Denoising, Fig. 2.
     """
+    require("matplotlib", "figures", "plot_gradient_maps")
     from matplotlib.figure import Figure
 
     if scale not in ("own", "shared"):

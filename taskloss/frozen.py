@@ -73,6 +73,11 @@ class Frozen(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(network, nn.Module):
+            if isinstance(network, type):
+                raise TypeError(
+                    f"frozen: expected an nn.Module, got the class {network.__name__} itself; "
+                    f"make one of it: {network.__name__}(...)"
+                )
             raise TypeError(
                 f"frozen: expected an nn.Module, got {type(network).__name__}; wrap the function in an nn.Module"
             )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from taskloss.algebra import LossSum, Term, as_sum
-from taskloss.checks import InputError, check_image, shape
+from taskloss.checks import InputError, check_image, require, shape
 
 
 class Focus(NamedTuple):
@@ -97,7 +97,7 @@ class GradientMaps:
         Raises:
             InputError: If x_hat is not three-dimensional.
         """
-        import nibabel as nib
+        nib = require("nibabel", "figures", "to_nifti")
         import numpy as np
 
         if self.x_hat.dim() != 5:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from taskloss.algebra import Term, to_scalar, zero_loss
 from taskloss.audit import find_blocker
-from taskloss.checks import InputError, check_image, check_range
+from taskloss.checks import InputError, check_callable, check_image
 from taskloss.frozen import Frozen, freeze, hold
 from taskloss.precision import full_precision, no_autocast
+from taskloss.ranges import RangeCheck
 
 
 class TaskOrientedLoss(Term):
@@ -41,7 +42,7 @@ class TaskOrientedLoss(Term):
         lean: Keep only what the gradient at x_hat needs (default; see :class:`Frozen`).
         ensemble: With several networks, ``"mean"`` or ``"turns"`` (one per call; the turn is in ``state_dict``).
         missing: A sample whose label is filled with this value alone has no label. Costs a device sync per call.
-        expects: Range of T's input, for instance ``(0, 1)``; checked at the first call, after ``preprocess``.
+        expects: Range of T's input, for instance ``(0, 1)``; checked after ``preprocess``, until an image has shown it.
 
     Shape:
         x_hat ``(N, C, *spatial)`` with one to three spatial axes; label as the criterion wants it, first axis N.
@@ -82,15 +83,14 @@ class TaskOrientedLoss(Term):
         expects: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
-        models = [task_model] if isinstance(task_model, nn.Module) else list(task_model)
+        models = _networks(task_model)
         if not models:
             raise ValueError("task_oriented_loss: task_model is empty; give at least one network")
         if ensemble not in ("mean", "turns"):
             raise ValueError(f"task_oriented_loss: ensemble must be 'mean' or 'turns', got {ensemble!r}")
-        if task_criterion is not None and not callable(task_criterion):
-            raise TypeError(
-                "task_oriented_loss: task_criterion must be callable as criterion(prediction, label), "
-                f"got {type(task_criterion).__name__}"
+        if task_criterion is not None:
+            check_callable(
+                self.where, task_criterion, "task_criterion must be callable as criterion(prediction, label)"
             )
         computes_loss = task_criterion is None
         self.task_models = nn.ModuleList(
@@ -101,8 +101,7 @@ class TaskOrientedLoss(Term):
         self.output = hold(output)
         self.turns = Turns(len(models)) if ensemble == "turns" else None
         self.missing = missing
-        self.expects = expects
-        self._range_checked = expects is None
+        self.check_range = RangeCheck(self.where, expects)
 
     @property
     def task_model(self) -> Frozen:
@@ -137,9 +136,8 @@ class TaskOrientedLoss(Term):
             tensors = [t for t in (image if isinstance(image, (list, tuple)) else [image]) if isinstance(t, Tensor)]
             for tensor in tensors:
                 model.check_input(self.where, tensor)
-                if not self._range_checked and self.expects is not None:
-                    check_range(self.where, tensor, self.expects)
-            self._range_checked = self._range_checked or bool(tensors)
+            if not self.check_range.settled:
+                self.check_range(self.where, *tensors)
         prediction = model(image, *label)
         return prediction if self.output is None else self.output(prediction)
 
@@ -196,6 +194,11 @@ class TaskOrientedLoss(Term):
             stackable = all(isinstance(e, Tensor) and e.shape == entries[0].shape for e in entries)
             return x_hat, torch.stack(entries) if entries and stackable else entries, len(kept)
         return x_hat, label, n
+
+
+def _networks(given: object) -> list[Any]:
+    one = isinstance(given, (str, nn.Module)) and not isinstance(given, nn.ModuleList)  # a Sequential is one network
+    return list(given) if isinstance(given, Iterable) and not one else [given]
 
 
 class Turns(nn.Module):

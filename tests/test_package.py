@@ -12,8 +12,8 @@ import taskloss
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"checks", "trees", "distributed", "lean_layers", "page", "signals", "_version"},
-    {"precision", "holdings", "features", "lean"},
+    {"checks", "trees", "distributed", "finite", "lean_layers", "page", "signals", "_version"},
+    {"precision", "holdings", "features", "lean", "diagnosis", "ranges"},
     {"frozen", "algebra"},
     {"audit", "transfer"},
     {"task", "consistency", "fidelity", "constraints"},
