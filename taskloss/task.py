@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from taskloss.algebra import Term, to_scalar, zero_loss
 from taskloss.audit import find_blocker
 from taskloss.checks import InputError, check_callable, check_image
 from taskloss.frozen import Frozen, freeze, hold
+from taskloss.labels import Labels, select
 from taskloss.precision import full_precision, no_autocast
 from taskloss.ranges import RangeCheck
 
@@ -27,7 +27,9 @@ class TaskOrientedLoss(Term):
 
     Samples without a label are left out before T runs, and the criterion averages over the others: give the label
     as a list with one entry per sample and None where there is none, or name with ``missing`` the value that fills
-    such a label. A batch without any label gives a zero that still back-propagates.
+    such a label. A batch without any label gives a zero that still back-propagates. Labels of several kinds come as
+    a dict or tuple of tensors or lists; a sample then needs all of them or none. Entries of a list that lie on the
+    image, or are numbers, are stacked to a tensor; sequences, boxes and dicts reach the criterion as a list.
 
     Args:
         task_model: The network T, or several of them: their losses are averaged, or take turns.
@@ -41,7 +43,8 @@ class TaskOrientedLoss(Term):
         checkpoint: Recompute T's activations in the backward pass instead of storing them.
         lean: Keep only what the gradient at x_hat needs (default; see :class:`Frozen`).
         ensemble: With several networks, ``"mean"`` or ``"turns"`` (one per call; the turn is in ``state_dict``).
-        missing: A sample whose label is filled with this value alone has no label. Costs a device sync per call.
+        missing: A sample whose label is filled with this value alone has no label, in tensors, lists, tuples and
+            dicts alike. Costs a device sync per call.
         expects: Range of T's input, for instance ``(0, 1)``; checked after ``preprocess``, until an image has shown it.
 
     Shape:
@@ -113,13 +116,14 @@ class TaskOrientedLoss(Term):
         check_image(self.where, x_hat)
         if label is None:
             raise InputError(self.where, "needs a label, but label is None; call loss(x_hat, label=...)")
-        x_hat, label, n_labelled = self._labelled(x_hat, label)
-        if n_labelled == 0:
+        labels = Labels(self.where, label, x_hat, self.missing)
+        x_hat = select(x_hat, labels.kept, x_hat.shape[0])
+        if x_hat.shape[0] == 0:
             return zero_loss(x_hat)
         models = self._models()
         if self.turns is not None:
             models = [models[self.turns.next()]]
-        losses = [self._loss(model, x_hat, label, n_labelled) for model in models]
+        losses = [self._loss(model, x_hat, labels) for model in models]
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
     def predict(self, x: Tensor) -> Any:
@@ -141,16 +145,16 @@ class TaskOrientedLoss(Term):
         prediction = model(image, *label)
         return prediction if self.output is None else self.output(prediction)
 
-    def _loss(self, model: Frozen, x_hat: Tensor, label: Any, n_samples: int) -> Tensor:
-        own = (label,) if self.task_criterion is None else ()
+    def _loss(self, model: Frozen, x_hat: Tensor, labels: Labels) -> Tensor:
+        own = (labels.of_the_kept(),) if self.task_criterion is None else ()
         prediction = self._predict(model, x_hat, *own)
         with no_autocast(x_hat.device):
             prediction = full_precision(prediction)
             if self.task_criterion is None:
                 value = prediction
             else:
-                value = self.task_criterion(prediction, full_precision(label))
-            value = to_scalar(self.where, value, n_samples)
+                value = self.task_criterion(prediction, full_precision(labels.of_the_kept(prediction)))
+            value = to_scalar(self.where, value, x_hat.shape[0])
         if x_hat.requires_grad and torch.is_grad_enabled() and not value.requires_grad:
             raise InputError(self.where, self._blocked(model, x_hat))
         return value
@@ -164,36 +168,6 @@ class TaskOrientedLoss(Term):
         else:
             culprit = "the output function or the criterion"
         return f"the gradient does not reach x_hat; {culprit} blocks it (see audit_task_model)"
-
-    def _labelled(self, x_hat: Tensor, label: Any) -> tuple[Tensor, Any, int]:
-        n = x_hat.shape[0]
-        if isinstance(label, Tensor):
-            if label.dim() == 0 or label.shape[0] != n:
-                raise InputError(
-                    self.where,
-                    f"x_hat holds {n} samples but label has shape {tuple(label.shape)}; "
-                    "its first axis must be the batch",
-                )
-            if label.device != x_hat.device:
-                raise InputError(
-                    self.where,
-                    f"x_hat is on {x_hat.device} but label is on {label.device}; call label.to('{x_hat.device}')",
-                )
-            if self.missing is None:
-                return x_hat, label, n
-            filled = label.isnan() if math.isnan(self.missing) else label == self.missing
-            present = ~filled.reshape(n, -1).all(1)
-            return x_hat[present], label[present], int(present.sum())
-        if isinstance(label, list):
-            if len(label) != n:
-                raise InputError(self.where, f"x_hat holds {n} samples but label has {len(label)} entries")
-            kept = [i for i, entry in enumerate(label) if entry is not None]
-            entries = [label[i] for i in kept]
-            if len(kept) < n:
-                x_hat = x_hat[torch.tensor(kept, dtype=torch.long, device=x_hat.device)]
-            stackable = all(isinstance(e, Tensor) and e.shape == entries[0].shape for e in entries)
-            return x_hat, torch.stack(entries) if entries and stackable else entries, len(kept)
-        return x_hat, label, n
 
 
 def _networks(given: object) -> list[Any]:

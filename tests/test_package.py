@@ -13,7 +13,7 @@ import taskloss
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"checks", "trees", "distributed", "finite", "lean_layers", "page", "signals", "_version"},
-    {"precision", "holdings", "features", "lean", "diagnosis", "ranges"},
+    {"precision", "holdings", "features", "lean", "diagnosis", "labels", "ranges"},
     {"frozen", "algebra"},
     {"audit", "transfer"},
     {"task", "consistency", "fidelity", "constraints"},
