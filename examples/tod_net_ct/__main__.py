@@ -11,7 +11,7 @@ from typing import Any
 from .dose import degradation as degrade
 from .evaluation import evaluate, pairs
 from .inference import denoise
-from .report import report
+from .report import card, report
 from .run import PRESETS, Settings, from_yaml, write_text
 from .scans import prepare
 from .study import calibration as calibrate
@@ -26,8 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.command == "denoise":
             return denoise.main(args)
-        if args.command in ("study", "pairs", "cost"):
-            return {"study": study, "pairs": pairs, "cost": cost}[args.command].main(args)
+        if args.command in ("study", "pairs", "cost", "export"):
+            return {"study": study, "pairs": pairs, "cost": cost, "export": card}[args.command].main(args)
         began = time.perf_counter()
         settings = settings_of(args)
         result = COMMANDS[args.command](args, settings, args.output)
@@ -67,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
         if name in ("train-task", "train-denoiser"):
             command.add_argument("--only", nargs="+", metavar="NAME", help="these alone (default: all of the settings)")
     denoise.add_arguments(commands.add_parser("denoise", help="restore one volume: NIfTI or DICOM in and out"))
+    card.add_arguments(commands.add_parser("export", help="a trained denoiser to hand on: weights and their card"))
     pairs.add_arguments(commands.add_parser("pairs", help="denoisers on real pairs of low and normal dose"))
     cost.add_arguments(commands.add_parser("cost", help="what a step of the paper's settings takes"))
     study.add_arguments(commands.add_parser("study", help="the demo over several seeds: every denoiser, every network"))

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..networks import load_denoiser
+from ..networks import load_weights, weights_of
 from ..scans import (
     Scan,
     Series,
@@ -57,7 +57,7 @@ def denoise_file(
     output appears whole or not at all.
 
     Args:
-        checkpoint: file from `save_checkpoint`.
+        checkpoint: file from `save_checkpoint`, a folder from `export`, or the id of a hub's repository of one.
         input: CT in HU: `.nii`, `.nii.gz`, or a folder of DICOM slices.
         output: `.nii`, `.nii.gz`, or any other name for a folder of DICOM slices.
         device, tile, statistics: see `denoise_volume`.
@@ -87,7 +87,8 @@ def denoise_file(
     if not is_nifti:
         check_folder(target, source, overwrite=overwrite)
     device = device_of(device)
-    network = load_denoiser(checkpoint)
+    weights = weights_of(checkpoint)
+    network = load_weights(weights)
     task_network = _load_task(task) if task is not None else None
     scan = _read(source, series, assume_hu)
     like = _like(scan, target, is_nifti, template, overwrite)
@@ -99,7 +100,7 @@ def denoise_file(
             network, scan.volume_hu, window_hu, tile, device, progress, statistics=statistics, memory_gib=budget_gib
         )
     if isinstance(like, Series) and not is_nifti:
-        digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()[:16]
+        digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
         method = f"Denoised with taskloss tod_net_ct, weights {digest}, HU window {window_hu[0]:g} to {window_hu[1]:g}"
         write_series(target, result_hu, like, method=method, overwrite=overwrite)
     else:
@@ -119,7 +120,12 @@ def denoise_file(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the subcommand `denoise`."""
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="trained denoiser")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="FILE",
+        help="trained denoiser: best.pt, a folder from `export`, or a repository id owner/name of a model hub",
+    )
     parser.add_argument("--input", required=True, metavar="SCAN", help="CT in HU: .nii, .nii.gz or a DICOM folder")
     parser.add_argument(
         "--output", required=True, metavar="SCAN", help=".nii, .nii.gz, or another name for a new DICOM folder"

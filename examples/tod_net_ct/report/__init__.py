@@ -3,8 +3,10 @@
 `paper` holds what the paper states, to be read beside a run's numbers.
 """
 
+from .card import export
 from .page import report
 
 __all__ = [
+    "export",
     "report",
 ]
