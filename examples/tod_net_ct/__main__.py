@@ -12,7 +12,7 @@ from .dose import degradation as degrade
 from .evaluation import evaluate, pairs
 from .inference import denoise
 from .report import card, report
-from .run import PRESETS, Settings, from_yaml, write_text
+from .run import PRESETS, Settings, from_yaml, occupy
 from .scans import prepare
 from .study import calibration as calibrate
 from .study import cost
@@ -94,7 +94,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
             raise ValueError(f"--set {item}: expected FIELD=VALUE, for example --set steps=500")
     settings = settings.with_overrides(dict(item.split("=", 1) for item in args.set))
     args.output = args.output or Path("runs") / args.preset
-    write_text(args.output / "settings.yaml", settings.to_yaml())
+    occupy(args.output, settings.to_yaml())
     return settings
 
 

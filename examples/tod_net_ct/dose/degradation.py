@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..run import Settings, begin, digest, finish, is_done, load_tensors, progress, save_tensors
+from ..run import Settings, begin, check_intact, digest, finish, is_done, load_tensors, progress, save_tensors
 from .projector import KERNELS, ParallelBeam
 from .simulate import bowtie_fluence, low_dose
 
@@ -129,6 +129,7 @@ def check(settings: Settings, run: Path) -> None:
     cases = run / "cases"
     if not (cases / "manifest.json").is_file():
         raise ValueError(f"{cases}: holds no prepared cases; run the command prepare first")
+    check_intact(cases)
     if settings.route not in ("fast", "catsim"):
         raise ValueError(f"route: expected fast or catsim, got {settings.route!r}; for example --set route=fast")
     if settings.kernel not in KERNELS:

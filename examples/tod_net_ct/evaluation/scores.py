@@ -121,11 +121,20 @@ def measure_case(
 
 def read_rows(run: Path) -> list[Row]:
     """The rows of ``evaluation/cases.csv``; NaN for a blank."""
-    with (run / "evaluation" / "cases.csv").open() as file:
-        return [
-            {k: v if k in ("case", "dose", "denoiser") else float(v or "nan") for k, v in row.items()}
-            for row in csv.DictReader(file)
-        ]
+    path = run / "evaluation" / "cases.csv"
+    try:
+        with path.open(encoding="utf-8") as file:
+            rows = [
+                {k: v if k in ("case", "dose", "denoiser") else float(v or "nan") for k, v in row.items()}
+                for row in csv.DictReader(file)
+            ]
+    except (OSError, ValueError, AttributeError) as error:  # no file, no number, no text
+        raise ValueError(
+            f"{path}: expected the rows of an evaluation, got a damaged file; run evaluate again"
+        ) from error
+    if not rows:
+        raise ValueError(f"{path}: expected the rows of an evaluation, got none; run evaluate again")
+    return rows
 
 
 def values_of(rows: Sequence[Row], dose: str, denoiser: str, key: str) -> list[float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..evaluation import REFERENCE, Row, guide_of, heading, read_rows, title, values_of
-from ..run import Settings, replacing, write_text
+from ..run import Settings, check_intact, read_json, replacing, results_of, write_text
 from . import paper, plots
 from .answers import answers, family_note, focus_sentences, number, sentence
 from .tables import label, markdown, tables, write_tables
@@ -35,7 +34,8 @@ def report(settings: Settings, run: Path) -> Path:
     """
     if not (run / "evaluation" / "manifest.json").exists():
         raise ValueError(f"{run / 'evaluation'}: expected a finished evaluation, got none; run evaluate first")
-    summary = json.loads((run / "evaluation" / "summary.json").read_text())
+    check_intact(run / "evaluation")
+    summary = read_json(run / "evaluation" / "summary.json")
     rows = read_rows(run)
     found = tables(summary, settings.task_networks)
     write_tables(found, run / "tables")
@@ -116,7 +116,7 @@ def _page(
     here = Path(__file__).parent
     environment = Environment(loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined)
     environment.filters |= {"title": title, "heading": heading, "label": label, "p": number}
-    manifest = json.loads((run / "evaluation" / "manifest.json").read_text())
+    manifest = read_json(run / "evaluation" / "manifest.json")
     return environment.get_template("report.html.jinja").render(
         settings=settings,
         summary=summary,
@@ -171,7 +171,7 @@ def warnings_of(run: Path) -> list[str]:
     """What the stages warned of in their manifests, each once: patients in several splits, for example."""
     lines = []
     for path in sorted(run.glob("**/manifest.json")):
-        results = json.loads(path.read_text()).get("results", {})
-        if results.get("warning"):
-            lines.append(str(results["warning"]))
+        warning = results_of(path.parent).get("warning")
+        if warning:
+            lines.append(str(warning))
     return list(dict.fromkeys(lines))

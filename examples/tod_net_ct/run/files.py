@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import uuid
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,11 +49,43 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
+def checksum(path: Path) -> int:
+    """CRC-32 of a file: it tells damage, at the speed of the disk."""
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def read_json(path: Path, mend: str = "") -> dict[str, Any]:
+    """Read a JSON object that this program wrote.
+
+    Args:
+        path: where.
+        mend: what to do about a file that is no such; by default the folder is to be removed.
+
+    Raises:
+        ValueError: the file is missing, damaged, or holds anything but an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        got = f"a {type(content).__name__}"
+    except FileNotFoundError:
+        content, got = None, "no file"
+    except (OSError, ValueError, RecursionError):  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        content, got = None, "a damaged file"
+    if not isinstance(content, dict):
+        mend = mend or f"remove the folder {path.parent} and start again"
+        raise ValueError(f"{path}: expected a JSON object that this program wrote, got {got}; {mend}")
+    return content
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as unfinished:
-        Path(unfinished).write_text(text)
+        Path(unfinished).write_text(text, encoding="utf-8")
 
 
 def save_tensors(path: Path, **tensors: torch.Tensor) -> None:

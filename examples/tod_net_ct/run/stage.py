@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .files import replacing, write_text
+from .files import checksum, read_json, replacing, write_text
 
 Item = TypeVar("Item")
 PACKAGES = (
@@ -23,11 +23,8 @@ PACKAGES = (
 
 def is_done(folder: Path, facts: Mapping[str, Any]) -> bool:
     """Whether this folder holds the finished result of exactly these facts."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        return False
-    return manifest.get("facts") == _plain(facts)
+    manifest = _manifest(folder)
+    return manifest is not None and manifest["facts"] == _plain(facts)
 
 
 def begin(folder: Path, facts: Mapping[str, Any]) -> bool:
@@ -38,8 +35,8 @@ def begin(folder: Path, facts: Mapping[str, Any]) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").unlink(missing_ok=True)  # first: killed from here on, the stage counts as not done
     begun = folder / "begun.json"
-    with contextlib.suppress(OSError, json.JSONDecodeError):
-        if json.loads(begun.read_text()) == _plain(facts):
+    with contextlib.suppress(ValueError):
+        if read_json(begun) == _plain(facts):
             return True
     begun.unlink(missing_ok=True)
     for path in folder.glob("*.pt"):
@@ -56,26 +53,86 @@ def finish(folder: Path, facts: Mapping[str, Any], **results: Any) -> None:
             packages[name] = version(name)
         except PackageNotFoundError:
             packages[name] = "not installed"
+    files = {path.name: [path.stat().st_size, checksum(path)] for path in _made(folder)}
     manifest = {
         "facts": facts,
         "results": results,
+        "files": files,
         "packages": {"python": platform.python_version(), **packages},
     }
     write_text(folder / "manifest.json", json.dumps(_plain(manifest), indent=2))
     (folder / "begun.json").unlink(missing_ok=True)
+    _INTACT[folder.resolve()] = _stamp(folder)
+
+
+def check_intact(folder: Path) -> None:
+    """Compare a finished stage's files with its manifest, once in a process: none missing, foreign or changed.
+
+    A stage that is not finished has no manifest, and nothing to compare with.
+
+    Raises:
+        ValueError: the manifest is damaged, or a file is not the one that the stage wrote.
+    """
+    stamp = _stamp(folder)
+    if _INTACT.get(folder.resolve()) == stamp or not (folder / "manifest.json").exists():
+        return
+    manifest = _manifest(folder)
+    again = f"remove the folder {folder} and start again"
+    if manifest is None:
+        raise ValueError(f"{folder / 'manifest.json'}: expected a stage's manifest, got a damaged file; {again}")
+    known = manifest.get("files")
+    if isinstance(known, dict):  # a run of an earlier version wrote no checksums: nothing can be told
+        there = {path.name: path for path in _made(folder)}
+        for name in sorted(known.keys() | there.keys()):
+            if name not in there:
+                raise ValueError(f"{folder / name}: expected the file that the stage wrote, got none; {again}")
+            if name not in known:
+                raise ValueError(
+                    f"{there[name]}: expected the {len(known)} files that the stage wrote, got this one, too; "
+                    f"take it out, or {again}"
+                )
+            if [there[name].stat().st_size, checksum(there[name])] != known[name]:
+                raise ValueError(
+                    f"{there[name]}: expected the file as the stage wrote it, got a damaged or changed one; {again}"
+                )
+    _INTACT[folder.resolve()] = stamp
+
+
+_INTACT: dict[Path, object] = {}  # folders that this process wrote or checked, and the state in which it did
+
+
+def _made(folder: Path) -> list[Path]:
+    """What a stage leaves behind: its files but for its own notes and for the point that a training resumes from."""
+    notes = ("manifest.json", "begun.json", "last.pt")
+    return [p for p in sorted(folder.iterdir()) if p.is_file() and p.name not in notes and not p.name.startswith(".")]
+
+
+def _stamp(folder: Path) -> object:
+    try:
+        return [(path.name, (about := path.stat()).st_mtime_ns, about.st_size) for path in _made(folder)]
+    except OSError:
+        return None
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest; None where there is none that can be used."""
+    try:
+        manifest = read_json(folder / "manifest.json")
+    except ValueError:
+        return None
+    whole = isinstance(manifest.get("facts"), dict) and isinstance(manifest.get("results"), dict)
+    return manifest if whole else None
 
 
 def take_twin(folder: Path, facts: Mapping[str, Any], name: str) -> bool:
     """Copy the finished work of a neighbour that differs in the fact `name` alone, a mere name; False without one."""
     for neighbour in sorted(folder.parent.glob("*/manifest.json")):
-        try:
-            manifest = json.loads(neighbour.read_text())
-        except (OSError, json.JSONDecodeError):
-            continue
-        if {**manifest.get("facts", {}), name: None} == {**_plain(facts), name: None}:
+        manifest = _manifest(neighbour.parent)
+        if manifest is not None and {**manifest["facts"], name: None} == {**_plain(facts), name: None}:
+            check_intact(neighbour.parent)
             begin(folder, facts)
-            for path in neighbour.parent.iterdir():
-                if path.is_file() and path.name != "manifest.json":
+            for path in _made(neighbour.parent):
+                if path.is_file():
                     with replacing(folder / path.name) as unfinished:
                         shutil.copyfile(path, unfinished)
             finish(folder, facts, **manifest["results"])
@@ -85,7 +142,13 @@ def take_twin(folder: Path, facts: Mapping[str, Any], name: str) -> bool:
 
 def results_of(folder: Path) -> dict[str, Any]:
     """What a finished stage wrote down."""
-    results: dict[str, Any] = json.loads((folder / "manifest.json").read_text())["results"]
+    manifest = _manifest(folder)
+    if manifest is None:
+        raise ValueError(
+            f"{folder}: expected the manifest of a finished stage, got none or a damaged one; remove the folder and "
+            "start again"
+        )
+    results: dict[str, Any] = manifest["results"]
     return results
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import shutil
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..run import load_tensors, save_tensors
+from ..run import check_intact, load_tensors, read_json, save_tensors
 from .grid import AIR_HU, crop_or_pad, resample, sub_volume_starts, training_grid
 from .preparation import cases_of, grid_of
 from .window import to_unit
@@ -35,8 +34,11 @@ class Cases(Dataset[tuple[Tensor, Tensor, Tensor]]):
     def __init__(self, run: Path, split: str) -> None:
         self.run = run
         self.split = split
+        _text(run / "cases" / "manifest.json")  # says in one sentence that the stage is to be run first
+        for stage in ("cases", "low_dose"):
+            check_intact(run / stage)
         self.paths = cases_of(run / "cases", split)
-        manifest = json.loads(_text(run / "cases" / "manifest.json"))
+        manifest = read_json(run / "cases" / "manifest.json")
         facts, self._about = manifest["facts"], manifest["results"]["cases"]
         self.shape: tuple[int, int, int] = tuple(facts["shape"])
         self.voxel_mm: tuple[float, float, float] = tuple(facts["voxel_mm"])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..networks import Autoencoder
-from ..run import Settings, begin, digest, finish, is_done, load_tensors, progress, save_tensors
+from ..run import Settings, begin, check_intact, digest, finish, is_done, load_tensors, progress, save_tensors
 from ..scans import Cases
 from .loop import batches, machine
 
@@ -48,6 +48,7 @@ def train_autoencoder(settings: Settings, run: Path, fabric: Any = None) -> Path
 
 def load_autoencoder(run: Path) -> Autoencoder:
     """The trained autoencoder, in eval mode."""
+    check_intact(run / "task" / "autoencoder")
     state = load_tensors(run / "task" / "autoencoder" / "weights.pt")
     network = Autoencoder(int(state.pop("width")))
     network.load_state_dict(state)

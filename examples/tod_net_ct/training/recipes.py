@@ -5,7 +5,6 @@ A name may carry changed settings, as in ``tod_net@balance=false`` or ``tod_net@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ from ..networks import (
     non_local_means,
     perceptual_loss,
 )
-from ..run import Settings, load_tensors
+from ..run import Settings, check_intact, load_tensors, results_of
 from ..scans import WINDOW_HU, to_unit
 from .autoencoder import load_autoencoder
 from .task_network import dice_loss, load_task
@@ -166,8 +165,9 @@ def restorer(
     """A trained denoiser as a function from a volume `(D, H, W)` in HU to its like."""
     kind, settings = parse(name, settings)
     folder = run / "denoisers" / name
+    check_intact(folder)
     if kind in FILTERS:
-        sigma = json.loads((folder / "manifest.json").read_text())["results"]["sigma"]
+        sigma = results_of(folder)["sigma"]
         return lambda volume_hu: restore(lambda unit: FILTERS[kind][1](unit, sigma), volume_hu)
     if RECIPES[kind].network == "tod_net":
         denoiser = load_denoiser(folder / "best.pt")

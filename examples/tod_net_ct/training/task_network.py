@@ -12,7 +12,7 @@ from torch import nn
 from taskloss import audit_task_model
 
 from ..networks import build, load_network, save_network
-from ..run import Settings, begin, digest, finish, is_done, progress
+from ..run import Settings, begin, check_intact, digest, finish, is_done, progress
 from ..scans import Cases
 from .loop import Board, Point, batches, machine, write_log
 
@@ -86,4 +86,5 @@ RELATIVE_WIDTH = {"unet": 1.0, "vnet": 0.5, "res_unet": 1.0, "vox_resnet": 1.0}
 
 def load_task(settings: Settings, run: Path, name: str = "unet") -> nn.Module:
     """A trained task network, in eval mode."""
+    check_intact(run / "task" / name)
     return load_network(run / "task" / name / "weights.pt")

@@ -39,7 +39,7 @@ def prepared(run: Path, cases=CASES) -> Path:
     for name, (shape, voxel_mm) in cases.items():
         voxel = {} if voxel_mm is None else {"voxel_mm": torch.tensor(voxel_mm)}
         save_tensors(run / "cases" / f"{name}.pt", normal_hu=body(shape), mask=torch.zeros(shape).byte(), **voxel)
-    write_text(run / "cases" / "manifest.json", "{}")
+    write_text(run / "cases" / "manifest.json", json.dumps({"facts": {}, "results": {}}))
     return run
 
 

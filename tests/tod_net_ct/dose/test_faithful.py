@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 from dataclasses import replace
 
@@ -112,7 +113,7 @@ def test_the_stage_takes_this_route(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TASKLOSS_QUIET", "1")
     volume = body()[None].round().short()
     save_tensors(tmp_path / "cases" / "test-000.pt", normal_hu=volume, mask=volume, voxel_mm=torch.tensor(VOXEL_MM))
-    write_text(tmp_path / "cases" / "manifest.json", "{}")
+    write_text(tmp_path / "cases" / "manifest.json", json.dumps({"facts": {}, "results": {}}))
     degrade(SETTINGS, tmp_path)
     made = load_tensors(tmp_path / "low_dose" / "test-000.pt")
     assert 5 < float(made["noise_std_hu"].mean()) < 60

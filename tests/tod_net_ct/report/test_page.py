@@ -75,7 +75,7 @@ def made(tmp_path_factory):
     facts = {"shape": settings.shape, "voxel_mm": settings.voxel_mm, "overlap": 0.5}
     manifest = {"facts": facts, "results": {"cases": about, "warning": "patient <7> served in more than one split"}}
     write_text(run / "cases" / "manifest.json", json.dumps(manifest))
-    write_text(run / "low_dose" / "manifest.json", "{}")
+    write_text(run / "low_dose" / "manifest.json", json.dumps({"facts": {}, "results": {}}))
     for seed, name in enumerate(settings.denoisers):
         torch.manual_seed(seed)
         for kind in ("best", "half"):

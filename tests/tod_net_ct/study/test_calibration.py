@@ -43,7 +43,7 @@ def run(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("TASKLOSS_QUIET", "1")
     monkeypatch.setattr(command, "load_task", lambda settings, run, name: Threshold().eval())
     write_text(tmp_path / "task" / "unet" / "weights.pt", "")
-    write_text(tmp_path / "cases" / "manifest.json", "{}")
+    write_text(tmp_path / "cases" / "manifest.json", json.dumps({"facts": {}, "results": {}}))
     for name in ("test-000", "train-000", "validation-000", "validation-001"):
         save_tensors(tmp_path / "cases" / f"{name}.pt", **case())
     return tmp_path
