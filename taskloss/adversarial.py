@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from taskloss.algebra import Term
+from taskloss.algebra import Term, zero_loss
 from taskloss.checks import check_callable, check_image
 from taskloss.critic import WassersteinCritic
 
@@ -60,4 +60,6 @@ class AdversarialLoss(Term):
         check_image(self.where, x_hat)
         if not torch.compiler.is_compiling():
             self.critic.replicas.note(x_hat)
+        if x_hat.shape[0] == 0:
+            return zero_loss(x_hat)
         return -self.critic.judge(x_hat).mean()

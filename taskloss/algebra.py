@@ -292,6 +292,8 @@ def zero_loss(x_hat: Tensor) -> Tensor:
 
 def to_scalar(where: str, value: object, n_samples: int) -> Tensor:
     """The mean of a criterion that gives one number per sample; a scalar as it is; anything else is refused."""
+    if isinstance(value, (int, float)) and value == 0:  # criteria that found nothing to compare
+        return torch.zeros(())
     if isinstance(value, Tensor) and value.numel() in (1, n_samples) and value.numel() > 0:
         return value if value.dim() == 0 else value.mean()
     what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -335,12 +337,26 @@ def _parts(part: Term | LossSum) -> Iterator[tuple[str, Term, Weight]]:
             yield name, term, part.weights[name]
 
 
+def _version(tensor: object) -> int:
+    # Tensors of inference mode do not count.
+    seen = isinstance(tensor, Tensor) and readable(tensor) and not tensor.is_inference()
+    return tensor._version if seen else 0  # type: ignore[attr-defined]
+
+
 def _named(name: str, term: nn.Module, target: object) -> Callable[[Tensor], Tensor]:
     def compute(x_hat: Tensor) -> Tensor:
+        given = {"x_hat": x_hat, getattr(term, "reads", None) or "target": target}
+        versions = {what: _version(tensor) for what, tensor in given.items()}
         try:
             value = term(x_hat) if target is None else term(x_hat, target)
         except InputError as error:
             raise error.at(name) from None
+        for what, tensor in given.items():
+            if _version(tensor) != versions[what]:
+                raise InputError(
+                    name,
+                    f"it writes on its {what} in place, which the terms after it would see; let it work on a clone",
+                )
         if not isinstance(value, Tensor) or value.dim() != 0:
             what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise InputError(name, f"a term must return a scalar, got {what}; reduce it with .mean()")

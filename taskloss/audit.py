@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from taskloss.checks import check_image
 from taskloss.frozen import Frozen
+from taskloss.reach import reaches
+from taskloss.trees import map_tensors
 
 Record = dict[str, tuple[list[Tensor], list[Tensor]]]  # a module's inputs and outputs, by its path
 
@@ -72,19 +74,40 @@ def audit_task_model(
         return tuple(_findings(network, example.detach(), output))
 
 
-def find_blocker(network: nn.Module, image: Tensor) -> str | None:
+def who_blocks(x_hat: Tensor, preprocess: Callable[[Any], Any] | None, *network_and_label: Any) -> str | None:
+    """The part of a term that stops the gradient on its way to x_hat, or None if it comes after the network.
+
+    It never fails itself: what goes wrong while it looks is no news to the caller.
+    """
+    with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        image = x_hat.detach().clone().requires_grad_()
+        seen = image.clone() if preprocess is None else preprocess(image)
+        if not any(reaches(t, image) for t in _tensors(seen)):
+            return "preprocess"
+        if network_and_label:
+            network, *label = network_and_label
+            name = find_blocker(network, seen, *label)
+            return None if name is None else repr(name)
+    return None
+
+
+def find_blocker(network: nn.Module, *inputs: Any) -> str | None:
     """The innermost module that takes a gradient in and gives none out; None if there is none."""
     suspects: list[str] = []
+    image = next(t for t in _tensors(inputs) if t.is_floating_point()).detach().clone().requires_grad_()
 
     def after(name: str, module: nn.Module, inputs: Any, result: Any) -> None:
-        takes = any(t.requires_grad for t in _tensors(inputs))
-        gives = any(t.requires_grad for t in _tensors(result))
+        takes = any(reaches(t, image) for t in _tensors(inputs))
+        gives = any(reaches(t, image) for t in _tensors(result))
         inner = any(s.startswith(f"{name}.") or name == "" for s in suspects)
         if takes and not gives and not inner:
             suspects.append(name)
 
+    first = [image.clone()]
+    inputs = map_tensors(inputs, lambda t: first.pop() if first and t.is_floating_point() else t)
     with _watching(network, after=after), torch.enable_grad():
-        network(image.detach().clone().requires_grad_())
+        result = network(*inputs)
+    after("", network, inputs, result)  # once more, for a network that takes no hooks
     return _spell(network, suspects[0]) if suspects else None
 
 
@@ -315,6 +338,8 @@ def _watching(
     """Call ``before`` and ``after`` around every module's forward pass, innermost first."""
     handles = []
     for name, module in network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # it takes no hooks
         if before is not None:
             handles.append(module.register_forward_pre_hook(lambda m, inputs, name=name: before(name, m, inputs)))
         if after is not None:

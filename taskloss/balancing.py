@@ -131,7 +131,7 @@ class GradientBalancer:
         for name, compute in self.loss.computations(base, reference=reference, label=label):
             if self.shares is not None and name not in self.shares:
                 raise InputError("gradient_balancer", f"term {name!r} has no share; add it to shares={{...}}")
-            terms[name], gradients[name] = value_and_gradient(compute, x_hat)
+            terms[name], gradients[name] = value_and_gradient(compute, x_hat, self.loss.terms[name])
         norms, numbers = self._measure(terms, gradients, x_hat=x_hat, reference=reference)
         if self.shares is not None:
             weights = self._weights_by_share(norms)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from taskloss.algebra import Term, to_scalar
-from taskloss.audit import find_blocker
-from taskloss.checks import InputError, check_callable, check_image, check_same
+from taskloss.algebra import Term, to_scalar, zero_loss
+from taskloss.audit import who_blocks
+from taskloss.checks import check_callable, check_image, check_same
 from taskloss.features import check_layers
 from taskloss.frozen import Frozen, freeze, hold
+from taskloss.memory import Remembered
 from taskloss.precision import full_precision, no_autocast
+from taskloss.preprocess import Draw, prepare
 from taskloss.ranges import RangeCheck
+from taskloss.reach import ReachCheck
 
 
 class TaskConsistencyLoss(Term):
@@ -32,14 +34,18 @@ class TaskConsistencyLoss(Term):
         distance: ``distance(prediction, target)``; :func:`soft_kl` for logits, ``nn.MSELoss()`` for features.
         layers: Layers by their ``named_modules()`` path, or a mapping from path to weight; None compares the
             output. The network stops after the last layer it needs.
-        preprocess: Differentiable map from the restorer's units to the network's, applied to both images.
+        preprocess: Differentiable map from the restorer's units to the network's, applied to both images; where it
+            is random, both see the same draw. A module augments as it came while the loss is in training mode.
         output: Picks the tensor out of what the network (or a layer) returns.
         copy: Keep a deep copy of the network (default); False freezes the caller's own in place.
         checkpoint: Recompute the activations of x_hat's branch in the backward pass instead of storing them.
         lean: Keep only what the gradient at x_hat needs (default; see :class:`Frozen`).
-        cache: Keep the reference's features and reuse them while the same, unchanged tensor comes again (fitting
-            one image for many steps, balancing after logging).
+        cache: Keep the reference's features and reuse them while an equal reference comes again (fitting one image
+            for many steps, balancing after logging), unless ``preprocess`` is random. Costs a comparison with a copy
+            of the reference, and a device sync; with ``copy=False`` a look at every weight too.
         expects: Range of the network's input, for instance ``(0, 1)``; checked until a reference has shown it.
+        generator: Seeds a random ``preprocess`` at each call, so that it can be repeated; None leaves it to the
+            global random states.
 
     Shape:
         x_hat and reference ``(N, C, *spatial)``.
@@ -77,6 +83,7 @@ class TaskConsistencyLoss(Term):
         lean: bool = True,
         cache: bool = False,
         expects: tuple[float, float] | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         check_callable(self.where, distance, "distance must be callable as distance(prediction, target)")
@@ -91,17 +98,22 @@ class TaskConsistencyLoss(Term):
         if self.layers is not None:
             check_layers(self.where, self.task_model.network, list(self.layers))
         self.distance = hold(distance)
-        self.preprocess = hold(preprocess)
+        self.preprocess = prepare(preprocess, generator)
         self.output = hold(output)
         self.check_range = RangeCheck(self.where, expects)
+        self._reach = ReachCheck()
         self._cache = Remembered() if cache else None
 
     def forward(self, x_hat: Tensor, reference: Tensor) -> Tensor:
         """The distance between what the network sees in ``x_hat`` and in ``reference``; see the class."""
         check_image(self.where, x_hat)
         check_same(self.where, x_hat, reference)
-        target = self._target(reference)
-        seen = self._see(x_hat)
+        if x_hat.shape[0] == 0:
+            return zero_loss(x_hat)
+        draw = Draw(self.preprocess, x_hat.device)
+        image = draw(x_hat)
+        target = self._target(reference, draw)
+        seen = self._see(image)
         with no_autocast(x_hat.device):
             value: Tensor | None = None
             for name, weight in (self.layers or {"": 1.0}).items():
@@ -109,32 +121,25 @@ class TaskConsistencyLoss(Term):
                 distance = weight * to_scalar(self.where, distance, x_hat.shape[0])
                 value = distance if value is None else value + distance
         assert value is not None  # layers are never empty
-        if x_hat.requires_grad and torch.is_grad_enabled() and not value.requires_grad:
-            raise InputError(self.where, self._blocked(x_hat))
-        return value
+        return self._reach(self.where, value, x_hat, lambda: self._blame(x_hat))
 
-    def _blocked(self, x_hat: Tensor) -> str:
-        image = x_hat if self.preprocess is None else self.preprocess(x_hat)
-        if isinstance(image, Tensor) and not image.requires_grad:
-            culprit = "preprocess"
-        elif isinstance(image, Tensor) and (name := find_blocker(self.task_model.network, image)) is not None:
-            culprit = repr(name)
-        else:
-            culprit = "the output function or the distance"
-        return f"the gradient does not reach x_hat; {culprit} blocks it (see audit_task_model)"
+    def _blame(self, x_hat: Tensor) -> str:
+        return who_blocks(x_hat, self.preprocess, self.task_model.network) or "the output function or the distance"
 
-    def _target(self, reference: Tensor) -> dict[str, Any]:
-        remembered = None if self._cache is None else self._cache.recall(reference)
-        if remembered is not None:
-            return remembered
+    def _target(self, reference: Tensor, draw: Draw) -> dict[str, Any]:
+        stamp: object = None
+        if self._cache is not None and not draw.random:
+            stamp = (self.preprocess, self.task_model.stamp())
+            remembered = self._cache.recall(reference, stamp)
+            if remembered is not None:
+                return remembered
         with torch.no_grad():
-            target = self._see(reference, check=True)
-        if self._cache is not None:
-            self._cache.keep(reference, target)
+            target = self._see(draw(reference), check=True)
+        if self._cache is not None and not draw.random:
+            self._cache.keep(reference, stamp, target)
         return target
 
-    def _see(self, x: Tensor, check: bool = False) -> dict[str, Any]:
-        image = x if self.preprocess is None else self.preprocess(x)
+    def _see(self, image: Any, check: bool = False) -> dict[str, Any]:
         if isinstance(image, Tensor) and not torch.compiler.is_compiling():
             self.task_model.check_input(self.where, image)
             if check and not self.check_range.settled:
@@ -169,34 +174,3 @@ def soft_kl(prediction: Tensor, target: Tensor, *, temperature: float = 1.0, dim
     log_p = (prediction / temperature).log_softmax(dim)
     log_q = (target / temperature).log_softmax(dim)
     return temperature**2 * (log_q.exp() * (log_q - log_p)).sum(dim).mean()
-
-
-class Remembered:
-    """The features of the last reference, valid while that very tensor lives on unchanged, in the same precision."""
-
-    def __init__(self) -> None:
-        self._of: weakref.ref[Tensor] | None = None
-        self._state: tuple[object, ...] = ()
-        self._features: dict[str, Any] | None = None
-
-    def recall(self, reference: Tensor) -> dict[str, Any] | None:
-        """The features kept for this tensor, if it has not been written to since."""
-        if self._of is None or self._of() is not reference or reference.is_inference():
-            return None
-        return self._features if self._state == _state(reference) else None
-
-    def keep(self, reference: Tensor, features: dict[str, Any]) -> None:
-        """Remember the features of one reference and forget the one before."""
-        if not reference.is_inference() and not torch.is_inference_mode_enabled():
-            self._of, self._state, self._features = weakref.ref(reference), _state(reference), features
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # a copy or a pickle starts with nothing remembered
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()  # type: ignore[misc]
-
-
-def _state(reference: Tensor) -> tuple[object, ...]:
-    kind = reference.device.type
-    return reference._version, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)

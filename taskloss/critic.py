@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from taskloss.algebra import LossValue, check_finite
+from taskloss.algebra import LossValue, check_finite, zero_loss
 from taskloss.checks import InputError, check_callable, check_image, check_same, readable, shape
 from taskloss.constraints import Constraint, WeightClipping
 from taskloss.diagnosis import explains_double_backward, refusal
-from taskloss.distributed import ReplicaCheck, average_gradients_, share_weights_
+from taskloss.distributed import ReplicaCheck, average_gradients_, n_processes, share_weights_
 from taskloss.finite import greatest, not_finite
 from taskloss.precision import full_precision, no_autocast
+from taskloss.trees import lent
 
 
 class WassersteinCritic(nn.Module):
@@ -117,6 +118,8 @@ class WassersteinCritic(nn.Module):
     def _value(self, x_hat: Tensor, reference: Tensor) -> LossValue:
         check_image("wasserstein_critic", x_hat)
         check_same("wasserstein_critic", x_hat, reference)
+        if x_hat.shape[0] == 0:
+            return self._nothing()
         x_hat, reference = x_hat.detach(), reference.detach()
         reference = self._alike(reference, x_hat)
         terms = {"fake": self(x_hat).mean(), "real": self(reference).mean()}
@@ -127,6 +130,13 @@ class WassersteinCritic(nn.Module):
             terms["penalty"], weights["penalty"] = penalty, self.constraint.weight
             total = total + self.constraint.weight * penalty
         return LossValue(total, terms, weights)
+
+    def _nothing(self) -> LossValue:
+        """The loss of an empty batch: zeros that back-propagate, for other processes may have samples."""
+        zero = torch.stack([full_precision(p.flatten()[:0]).sum() for p in self.network.parameters()]).sum()
+        weights = {"fake": 1.0, "real": -1.0, "penalty": self.constraint.weight}
+        names = ["fake", "real", *(["penalty"] if self.constraint.weight else [])]
+        return LossValue(zero, dict.fromkeys(names, zero), {name: weights[name] for name in names})
 
     def step(
         self,
@@ -155,6 +165,8 @@ class WassersteinCritic(nn.Module):
         self.replicas.compare("wasserstein_critic", x_hat.device)
         before = [buffer.clone() for buffer in self.network.buffers()] if self.check_finite else []
         value = self._value(x_hat, reference)
+        if x_hat.shape[0] == 0 and n_processes() == 1:
+            return value  # a step of zeros would still move the weights, by momentum and decay
         optimizer.zero_grad(set_to_none=True)
         try:
             (backward or torch.Tensor.backward)(value.total)
@@ -199,6 +211,8 @@ class WassersteinCritic(nn.Module):
     def distance(self, x_hat: Tensor, reference: Tensor) -> Tensor:
         """The Wasserstein estimate ``E[D(reference)] - E[D(x_hat)]``, a scalar for the log; nothing moves."""
         check_same("wasserstein_critic", x_hat, reference)
+        if x_hat.shape[0] == 0:
+            return zero_loss(x_hat)
         reference = self._alike(reference, x_hat)
         return (self.judge(reference) - self.judge(x_hat)).mean()
 
@@ -229,6 +243,7 @@ class WassersteinCritic(nn.Module):
                 "wasserstein_critic",
                 f"built for patches of {self.patch_size}, got images {shape(images)}; {mend}",
             )
+        images = lent(images)
         scores = network(images) if torch.compiler.is_compiling() else self._run(network, images)
         if scores.dim() == 0 or scores.shape[0] != images.shape[0]:
             raise InputError(

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taskloss.algebra import Term, to_scalar
+from taskloss.algebra import Term, to_scalar, zero_loss
+from taskloss.audit import who_blocks
 from taskloss.checks import InputError, check_callable, check_image, check_same, shape
 from taskloss.frozen import Frozen, hold
 from taskloss.precision import full_precision, no_autocast
+from taskloss.preprocess import Draw, only_reads, prepare
 from taskloss.ranges import RangeCheck
+from taskloss.reach import ReachCheck
 
 
 class Fidelity(Term):
@@ -28,9 +31,11 @@ class Fidelity(Term):
 
     Args:
         criterion: ``criterion(x_hat, reference)``, a scalar or one value per sample.
-        preprocess: Differentiable map applied to both images first (channels, range).
+        preprocess: Differentiable map applied to both images first (channels, range); where it is random, both see
+            the same draw. A module augments as it came while the loss is in training mode.
         expects: Range of the criterion's input; checked after ``preprocess``, until a reference has shown it. Left
             out, it is (-1, 1) for LPIPS and unchecked for the rest; None never checks.
+        generator: Seeds a random ``preprocess`` at each call, so that it can be repeated.
 
     Shape:
         x_hat and reference ``(N, C, *spatial)``.
@@ -58,11 +63,13 @@ class Fidelity(Term):
         *,
         preprocess: nn.Module | Callable[[Tensor], Tensor] | None = None,
         expects: tuple[float, float] | None | str = "known",
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         check_callable(self.where, criterion, "criterion must be callable as criterion(x_hat, reference)")
         self.criterion = hold(criterion)
-        self.preprocess = hold(preprocess)
+        self.preprocess = prepare(preprocess, generator)
+        self._reach = ReachCheck()
         inner = self.criterion.network if isinstance(self.criterion, Frozen) else None
         self._lpips = inner is not None and _is_lpips(inner)
         if self._lpips:
@@ -75,8 +82,12 @@ class Fidelity(Term):
         """The criterion between ``x_hat`` and ``reference``; see the class."""
         check_image(self.where, x_hat)
         check_same(self.where, x_hat, reference)
-        if self.preprocess is not None:
-            x_hat, reference = self.preprocess(x_hat), self.preprocess(reference)
+        if x_hat.shape[0] == 0:
+            return zero_loss(x_hat)
+        restored = x_hat
+        if self.preprocess is not None or not only_reads(self.criterion):
+            draw = Draw(self.preprocess, x_hat.device)
+            x_hat, reference = draw(x_hat), draw(reference)
         if self._lpips and x_hat.shape[1] != 3:
             raise InputError(
                 self.where,
@@ -86,7 +97,11 @@ class Fidelity(Term):
             self.check_range(self.where, reference)
         with no_autocast(x_hat.device):
             value = self.criterion(full_precision(x_hat), full_precision(reference))  # type: ignore[misc]
-            return to_scalar(self.where, value, x_hat.shape[0])
+            value = to_scalar(self.where, value, restored.shape[0])
+        return self._reach(self.where, value, restored, lambda: self._blame(restored))
+
+    def _blame(self, x_hat: Tensor) -> str:
+        return who_blocks(x_hat, self.preprocess) or "the criterion"
 
 
 def _is_lpips(module: nn.Module) -> bool:

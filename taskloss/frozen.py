@@ -15,6 +15,7 @@ from taskloss import lean as _lean
 from taskloss.checks import InputError
 from taskloss.features import capture
 from taskloss.holdings import (
+    checksums,
     copy_of,
     digest,
     keeps_values,
@@ -161,6 +162,12 @@ class Frozen(nn.Module):
         weights = self._values or dict(registered_tensors_of(self.network))
         plain = plain_tensors_of(self.network)
         return digest({**weights, **{name: plain[name] for name in plain if name in self._plain}})
+
+    def stamp(self) -> tuple[object, ...]:
+        """Equal while the weights are the same; those of a shared network are looked at, which costs a device sync."""
+        weights = [t for _, t in registered_tensors_of(self.network)]
+        written = tuple((id(t), t.dtype, t.device, -1 if t.is_inference() else t._version) for t in weights)
+        return (*written, *(checksums(weights) if self._shared else ()))
 
     def extra_repr(self) -> str:
         """The kind and size of what is inside."""

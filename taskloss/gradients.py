@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from taskloss.algebra import LossSum, Term, as_sum
 from taskloss.checks import InputError, check_image, require, shape
+from taskloss.holdings import registered_tensors_of
+from taskloss.precision import HALF, full_precision
+from taskloss.randomness import RandomState
+
+_SCALES = (2.0**15, 2.0**8, 1.0)  # tried in this order, until nothing overflows
 
 
 class Focus(NamedTuple):
@@ -239,7 +246,8 @@ def gradient_maps(
 
     .. math:: g_i = \partial L_i / \partial \hat x
 
-    Nothing of the caller's is touched: x_hat is detached, and no ``.grad``, mode or flag changes.
+    Nothing of the caller's is touched: x_hat is detached, and no ``.grad``, mode, flag, random state or turn changes.
+    The gradients of an x_hat in half precision are taken in float32.
 
     Args:
         loss: A term or a sum.
@@ -271,17 +279,51 @@ def gradient_maps(
     total = as_sum(loss)
     weights = total.weights_at(step)
     maps = {}
-    for name, compute in total.computations(weights, reference=reference, label=label):
-        _, maps[name] = value_and_gradient(compute, x_hat)
+    with _looking(total, x_hat.device):
+        for name, compute in total.computations(weights, reference=reference, label=label):
+            _, maps[name] = value_and_gradient(compute, x_hat, total.terms[name])
     kept = {name: weights[name] for name in maps}
     detached = None if reference is None else reference.detach()
     return GradientMaps(maps, kept, x_hat.detach(), detached, label)
 
 
-def value_and_gradient(compute: Any, x_hat: Tensor) -> tuple[Tensor, Tensor]:
-    """One term and its gradient at x_hat, on a graph of their own that ends there."""
-    leaf = x_hat.detach().requires_grad_()
+def value_and_gradient(compute: Any, x_hat: Tensor, term: nn.Module) -> tuple[Tensor, Tensor]:
+    """One term and its gradient at x_hat, on a graph of their own that ends there.
+
+    A gradient in half precision underflows: a mean over a million pixels leaves less than float16 can hold. So the
+    graph ends at a float32 leaf, which a term gets as it is unless it holds weights in half precision; and where
+    anything may run in float16, the value is scaled up on its way back.
+    """
+    leaf = full_precision(x_hat.detach()).requires_grad_()
     with torch.enable_grad():
-        value = compute(leaf)
-        (gradient,) = torch.autograd.grad(value, leaf, materialize_grads=True)
-    return value.detach(), gradient
+        narrow = leaf.dtype != x_hat.dtype and any(t.dtype in HALF for _, t in registered_tensors_of(term))
+        value = compute(leaf.to(x_hat.dtype) if narrow else leaf)
+        scales = _SCALES if _may_run_in_float16(x_hat) else (1.0,)
+        for scale in scales:
+            (gradient,) = torch.autograd.grad(
+                value, leaf, torch.full_like(value, scale), retain_graph=scale > 1, materialize_grads=True
+            )
+            if scale == 1 or bool(torch.isfinite(gradient).all()):
+                break
+    return value.detach(), gradient if scale == 1 else gradient / scale
+
+
+def _may_run_in_float16(x_hat: Tensor) -> bool:
+    kind = x_hat.device.type
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    return autocast or x_hat.dtype == torch.float16
+
+
+@contextlib.contextmanager
+def _looking(loss: LossSum, device: torch.device) -> Iterator[None]:
+    """Leave the random states, and what terms count or keep in their extra state, as they were."""
+    counting = [m for m in loss.modules() if type(m).get_extra_state is not nn.Module.get_extra_state]
+    states = [copy.deepcopy(module.get_extra_state()) for module in counting]
+    generators = [m.generator for m in loss.modules() if isinstance(getattr(m, "generator", None), torch.Generator)]
+    before = RandomState(device, tuple(generators))
+    try:
+        yield
+    finally:
+        before.restore()
+        for module, state in zip(counting, states, strict=True):
+            module.set_extra_state(state)

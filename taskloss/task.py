@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from taskloss.algebra import Term, to_scalar, zero_loss
-from taskloss.audit import find_blocker
+from taskloss.audit import who_blocks
 from taskloss.checks import InputError, check_callable, check_image
 from taskloss.frozen import Frozen, freeze, hold
 from taskloss.labels import Labels, select
 from taskloss.precision import full_precision, no_autocast
+from taskloss.preprocess import only_reads, prepare
 from taskloss.ranges import RangeCheck
+from taskloss.reach import ReachCheck
+from taskloss.trees import lent
 
 
 class TaskOrientedLoss(Term):
@@ -37,15 +40,19 @@ class TaskOrientedLoss(Term):
             computes its own loss as ``T(x_hat, label)``, which torchvision's detectors do in training mode only:
             then its containers run in training mode, its normalisation and dropout layers stay in eval (a dropout
             called as a function inside a container does not: look for it with :func:`audit_task_model`).
-        preprocess: Differentiable map from the restorer's units to T's (HU window, scale, channels, size).
+        preprocess: Differentiable map from the restorer's units to T's (HU window, scale, channels, size); a module
+            augments as it came while the loss is in training mode, and rests in eval mode.
         output: Picks the prediction out of what T returns (dict, tuple, deep supervision).
         copy: Keep a deep copy of T (default); False freezes the caller's own network in place.
         checkpoint: Recompute T's activations in the backward pass instead of storing them.
         lean: Keep only what the gradient at x_hat needs (default; see :class:`Frozen`).
-        ensemble: With several networks, ``"mean"`` or ``"turns"`` (one per call; the turn is in ``state_dict``).
+        ensemble: With several networks, ``"mean"`` or ``"turns"`` (one per training call, not in eval mode or under
+            ``no_grad``; the turn is in ``state_dict``).
         missing: A sample whose label is filled with this value alone has no label, in tensors, lists, tuples and
             dicts alike. Costs a device sync per call.
         expects: Range of T's input, for instance ``(0, 1)``; checked after ``preprocess``, until an image has shown it.
+        generator: Seeds a random ``preprocess`` at each call, so that it can be repeated; None leaves it to the global
+            random states.
 
     Shape:
         x_hat ``(N, C, *spatial)`` with one to three spatial axes; label as the criterion wants it, first axis N.
@@ -84,6 +91,7 @@ class TaskOrientedLoss(Term):
         ensemble: Literal["mean", "turns"] = "mean",
         missing: float | None = None,
         expects: tuple[float, float] | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         models = _networks(task_model)
@@ -100,7 +108,8 @@ class TaskOrientedLoss(Term):
             freeze(model, copy=copy, checkpoint=checkpoint, computes_loss=computes_loss, lean=lean) for model in models
         )
         self.task_criterion = hold(task_criterion)
-        self.preprocess = hold(preprocess)
+        self.preprocess = prepare(preprocess, generator)
+        self._reach = ReachCheck()
         self.output = hold(output)
         self.turns = Turns(len(models)) if ensemble == "turns" else None
         self.missing = missing
@@ -122,7 +131,7 @@ class TaskOrientedLoss(Term):
             return zero_loss(x_hat)
         models = self._models()
         if self.turns is not None:
-            models = [models[self.turns.next()]]
+            models = [models[self.turns.next(self.training and torch.is_grad_enabled())]]
         losses = [self._loss(model, x_hat, labels) for model in models]
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
@@ -135,7 +144,7 @@ class TaskOrientedLoss(Term):
         return [model for model in self.task_models if isinstance(model, Frozen)]
 
     def _predict(self, model: Frozen, x_hat: Tensor, *label: Any) -> Any:
-        image = x_hat if self.preprocess is None else self.preprocess(x_hat)
+        image = lent(x_hat) if self.preprocess is None else self.preprocess(x_hat)
         if not torch.compiler.is_compiling():
             tensors = [t for t in (image if isinstance(image, (list, tuple)) else [image]) if isinstance(t, Tensor)]
             for tensor in tensors:
@@ -146,28 +155,22 @@ class TaskOrientedLoss(Term):
         return prediction if self.output is None else self.output(prediction)
 
     def _loss(self, model: Frozen, x_hat: Tensor, labels: Labels) -> Tensor:
-        own = (labels.of_the_kept(),) if self.task_criterion is None else ()
+        own = (lent(labels.of_the_kept()),) if self.task_criterion is None else ()
         prediction = self._predict(model, x_hat, *own)
         with no_autocast(x_hat.device):
             prediction = full_precision(prediction)
             if self.task_criterion is None:
                 value = prediction
             else:
-                value = self.task_criterion(prediction, full_precision(labels.of_the_kept(prediction)))
+                label = labels.of_the_kept(prediction)
+                label = label if only_reads(self.task_criterion) else lent(label)
+                value = self.task_criterion(prediction, full_precision(label))
             value = to_scalar(self.where, value, x_hat.shape[0])
-        if x_hat.requires_grad and torch.is_grad_enabled() and not value.requires_grad:
-            raise InputError(self.where, self._blocked(model, x_hat))
-        return value
 
-    def _blocked(self, model: Frozen, x_hat: Tensor) -> str:
-        image = x_hat if self.preprocess is None else self.preprocess(x_hat)
-        if isinstance(image, Tensor) and not image.requires_grad:
-            culprit = "preprocess"
-        elif isinstance(image, Tensor) and (name := find_blocker(model.network, image)) is not None:
-            culprit = repr(name)
-        else:
-            culprit = "the output function or the criterion"
-        return f"the gradient does not reach x_hat; {culprit} blocks it (see audit_task_model)"
+        def blame() -> str:
+            return who_blocks(x_hat, self.preprocess, model.network, *own) or "the output function or the criterion"
+
+        return self._reach(self.where, value, x_hat, blame)
 
 
 def _networks(given: object) -> list[Any]:
@@ -183,9 +186,11 @@ class Turns(nn.Module):
         self.n = n
         self.turn = 0
 
-    def next(self) -> int:
-        """The network whose turn it is."""
-        turn, self.turn = self.turn, (self.turn + 1) % self.n
+    def next(self, advance: bool = True) -> int:
+        """The network whose turn it is; looking (validation) does not use the turn up."""
+        turn = self.turn
+        if advance:
+            self.turn = (turn + 1) % self.n
         return turn
 
     def get_extra_state(self) -> int:

@@ -109,6 +109,56 @@ class TestCache:
         other = self.reference.clone() + 1
         torch.testing.assert_close(self.loss(self.x, other), F.mse_loss(3 * self.x, 3 * other))
 
+    @pytest.mark.parametrize(
+        "write",
+        [
+            lambda array, tensor: array.__iadd__(1),
+            lambda array, tensor: tensor.data.add_(1),
+            lambda array, tensor: tensor.detach().numpy().fill(0.3),
+        ],
+        ids=["shared memory", "data", "a view in numpy"],
+    )
+    def test_a_write_that_no_version_counts_is_seen(self, write) -> None:
+        array = self.reference.numpy().copy()
+        reference = torch.from_numpy(array)
+        self.loss(self.x, reference)
+        write(array, reference)
+        torch.testing.assert_close(self.loss(self.x, reference), F.mse_loss(3 * self.x, 3 * reference))
+
+    def test_an_equal_tensor_is_a_hit(self) -> None:
+        first = self.loss(self.x, self.reference)
+        assert torch.equal(self.loss(self.x, self.reference.clone()), first)
+        assert Counting.calls == 3
+
+    @pytest.mark.parametrize("shared", [True, False], ids=["shared", "copied"])
+    @pytest.mark.parametrize(
+        "update",
+        [
+            lambda net: net.load_state_dict({k: v + 1 for k, v in net.state_dict().items()}),
+            lambda net: torch.nn.init.constant_(net[0].weight, 0.5),
+            lambda net: net[0].weight.data.mul_(2),
+            lambda net: net[0].weight.data.copy_(net[0].weight.data.flip(0)),
+            lambda net: net[0].weight.detach().numpy().fill(0.1),
+        ],
+        ids=["load_state_dict", "init", "data", "permuted", "numpy"],
+    )
+    def test_an_updated_network_is_asked_again(self, update, shared) -> None:
+        net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Tanh())
+        loss = TaskConsistencyLoss(net, nn.MSELoss(), copy=not shared, cache=True)
+        before = loss(self.x, self.reference)
+        assert torch.equal(loss(self.x, self.reference), before)
+        with torch.no_grad():
+            update(net)
+        expected = F.mse_loss(net(self.x), net(self.reference)) if shared else before
+        torch.testing.assert_close(loss(self.x, self.reference), expected)
+
+    def test_another_precision_is_asked_again(self) -> None:
+        loss = TaskConsistencyLoss(segmenter(), nn.MSELoss(), cache=True)
+        x, reference = pair()
+        loss(x, reference)
+        loss.double()
+        assert loss(x.double(), reference.double()).dtype == torch.float64
+
     @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deep", "pickle"])
     def test_copies_start_empty(self, clone) -> None:
         self.loss(self.x, self.reference)

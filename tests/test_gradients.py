@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from taskloss import Fidelity, GradientMaps, InputError, LossSum, TaskConsistencyLoss, TaskOrientedLoss, gradient_maps
+from taskloss import (
+    Fidelity,
+    GradientBalancer,
+    GradientMaps,
+    InputError,
+    LossSum,
+    TaskConsistencyLoss,
+    TaskOrientedLoss,
+    gradient_maps,
+)
 from tests.properties import by_hand, cross_entropy, image, labels, leaves_inputs_alone, segmenter, soft_dice
 
 
@@ -118,6 +127,75 @@ def test_volumes_are_written_one_nifti_per_term(tmp_path) -> None:
     volume = nibabel.load(path)
     torch.testing.assert_close(torch.from_numpy(volume.get_fdata()).float(), maps.maps["fidelity"][1, 0])
     assert (volume.affine == affine).all()
+
+
+class TestHalfPrecision:
+    """A mean over a million pixels has gradients below what float16 can hold."""
+
+    def setup_method(self) -> None:
+        torch.manual_seed(0)
+        self.net = segmenter()
+        self.x = image(size=300).half().float()
+        self.reference, self.y = image(size=300), labels(self.x)
+
+    def loss(self) -> LossSum:
+        return LossSum(
+            mse=Fidelity(nn.MSELoss()),
+            task=TaskOrientedLoss(self.net, cross_entropy),
+            consistency=TaskConsistencyLoss(self.net, nn.MSELoss()),
+        )
+
+    @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("how", ["autocast", "cast"])
+    def test_norms_are_those_of_float32(self, half, how) -> None:
+        expected = gradient_maps(self.loss(), self.x, reference=self.reference, label=self.y)
+        x = self.x.to(half)
+        targets = {"reference": self.reference.to(half), "label": self.y}
+        if how == "autocast":
+            with torch.autocast("cpu", half):
+                maps = gradient_maps(self.loss(), x, **targets)
+        else:
+            maps = gradient_maps(self.loss().to(half), x, **targets)
+        assert maps.maps["mse"].dtype == torch.float32
+        for name, norm in expected.norms().items():
+            assert maps.norms()[name] == pytest.approx(norm, rel=0.05), name
+            cosine = torch.cosine_similarity(maps.maps[name].flatten(), expected.maps[name].flatten(), 0)
+            assert cosine > 0.98, name
+
+    def test_a_scaled_gradient_that_overflows_is_taken_again(self) -> None:
+        loss = Fidelity(nn.MSELoss(reduction="sum"), preprocess=lambda t: t.half() * 10)
+        maps = gradient_maps(loss, self.x.half(), reference=self.reference)
+        expected = 200 * (self.x - self.reference)
+        assert torch.isfinite(maps.maps["fidelity"]).all()
+        assert torch.cosine_similarity(maps.maps["fidelity"].flatten(), expected.flatten(), 0) > 0.99
+
+    def test_the_balancer_drops_no_term(self) -> None:
+        shares = {"mse": 1.0, "task": 1.0, "consistency": 1.0}
+        weights = {}
+        for dtype in (torch.float32, torch.float16):
+            balancer = GradientBalancer(self.loss().to(dtype), shares=shares)
+            x = self.x.to(dtype, copy=True).requires_grad_()
+            weights[dtype] = balancer.backward(x, reference=self.reference.to(dtype), label=self.y).weights
+            assert x.grad.dtype == dtype and torch.isfinite(x.grad).all()
+        assert weights[torch.float16] == pytest.approx(weights[torch.float32], rel=0.05)
+
+
+def test_looking_and_validating_take_no_turn() -> None:
+    loss = LossSum(task=TaskOrientedLoss([segmenter(), segmenter(), segmenter()], cross_entropy, ensemble="turns"))
+    x = image()
+    y = labels(x)
+    turns = loss.terms["task"].turns
+    gradient_maps(loss, x, label=y)
+    assert turns.turn == 0
+    with torch.no_grad():
+        loss(x, label=y)
+    loss.eval()
+    loss(x, label=y)
+    assert turns.turn == 0
+    loss.train()
+    GradientBalancer(loss, shares={"task": 1.0}).backward(x.requires_grad_(), label=y)
+    loss(x, label=y)
+    assert turns.turn == 2
 
 
 class TestBadInput:

@@ -12,10 +12,10 @@ import taskloss
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"checks", "trees", "distributed", "finite", "lean_layers", "page", "signals", "_version"},
-    {"precision", "holdings", "features", "lean", "diagnosis", "labels", "ranges"},
+    {"checks", "trees", "distributed", "finite", "lean_layers", "page", "randomness", "signals", "_version"},
+    {"precision", "holdings", "features", "lean", "diagnosis", "labels", "memory", "ranges", "reach"},
     {"frozen", "algebra"},
-    {"audit", "transfer"},
+    {"audit", "preprocess", "transfer"},
     {"task", "consistency", "fidelity", "constraints"},
     {"critic", "gradients"},
     {"adversarial", "balancing", "figures"},

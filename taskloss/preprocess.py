@@ -1,0 +1,98 @@
+"""From the restorer's units to a network's: the caller's function, kept from doing what nobody asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taskloss.frozen import Frozen, hold
+from taskloss.randomness import RandomState, generators_of, seeded_by
+from taskloss.trees import lent
+
+
+class Preprocess(nn.Module):
+    """A caller's ``preprocess``: it gets copies to write on, and draws once where two images are compared.
+
+    A module is kept as a frozen copy, in the mode in which it came: one that augments in training mode does so while
+    the loss is in training mode, and rests while the loss is in eval mode. Layers with running statistics stay in eval.
+
+    Args:
+        function: The caller's function or module.
+        generator: Seeds every call, so that random augmentations can be repeated; the global states stay as they are.
+    """
+
+    def __init__(self, function: Callable[..., Any], generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        modes: list[bool] = []
+        if isinstance(function, nn.Module) and not isinstance(function, Frozen):
+            modes = [module.training and not _has_statistics(module) for module in function.modules()]
+        self.function = hold(function)
+        held = self.function.network if isinstance(self.function, Frozen) else None
+        self._modes = [] if held is None else list(zip(held.modules(), modes, strict=False))
+        self.generator = generator
+        self._generators = generators_of(function if held is None else held)
+        self.train()
+
+    def train(self, mode: bool = True) -> Preprocess:
+        """Put the module in the mode it came in, or in eval."""
+        super().train(mode)
+        for module, given in self._modes:
+            module.training = given and mode
+        return self
+
+    def forward(self, image: Tensor) -> Any:
+        """One image, in the network's units."""
+        with seeded_by(self.generator, image.device):
+            return self.function(lent(image))  # type: ignore[misc]
+
+    def random_state(self, device: torch.device) -> RandomState:
+        """All that a call may draw from."""
+        own = () if self.generator is None else (self.generator,)
+        return RandomState(device, (*self._generators, *own))
+
+
+class Draw:
+    """One look through a preprocess (or through none) at several images: each sees the same random draw.
+
+    Attributes:
+        random: Whether the first image drew anything.
+    """
+
+    def __init__(self, preprocess: Preprocess | None, device: torch.device) -> None:
+        self.preprocess = preprocess
+        self.state = None
+        if preprocess is not None and not torch.compiler.is_compiling():
+            self.state = preprocess.random_state(device)
+        self.random = False
+        self._looked = False
+
+    def __call__(self, image: Tensor) -> Any:
+        """The image in the network's units; a copy of it, if there is no preprocess."""
+        if self.preprocess is None:
+            return lent(image)
+        if self.random and self.state is not None:
+            self.state.restore()
+        seen = self.preprocess(image)
+        if not self._looked and self.state is not None:
+            self.random = self.state.has_moved()
+        self._looked = True
+        return seen
+
+
+def prepare(preprocess: Callable[..., Any] | None, generator: torch.Generator | None = None) -> Preprocess | None:
+    """A caller's ``preprocess`` argument, as a term keeps it."""
+    return None if preprocess is None else Preprocess(preprocess, generator)
+
+
+def only_reads(criterion: object) -> bool:
+    """Whether a criterion is one of torch's own, which never write on what they compare."""
+    if isinstance(criterion, Frozen):
+        criterion = type(criterion.network)
+    return getattr(criterion, "__module__", "") in ("torch.nn.modules.loss", "torch.nn.functional")
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return any(name.startswith("running_") or name == "num_batches_tracked" for name in module._buffers)
