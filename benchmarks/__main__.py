@@ -26,7 +26,7 @@ import torch
 from .harness import Options, process_peak_bytes
 
 NAMES = (
-    "step", "limit", "checkpointing", "balancing", "maps", "critic", "consistency", "start", "scaling",
+    "step", "limit", "lean", "checkpointing", "balancing", "maps", "critic", "consistency", "start", "scaling",
     "simulation", "denoising", "data", "projection",
 )  # fmt: skip
 RESULTS = Path(__file__).parent / "results"

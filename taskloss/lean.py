@@ -79,8 +79,8 @@ def _convolution(rank: int) -> Rule:
             spare = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
             if any(s % 2 for s in spare):
                 return NotImplemented
-            padding = [s // 2 for s in spare]
-        geometry = (stride, _each(padding, rank), dilation, False, [0] * rank, groups)
+            padding = tuple(s // 2 for s in spare)
+        geometry = (stride, _each(padding, rank), dilation, False, (0,) * rank, groups)
         return _convolve(rank, x, weight, bias, geometry)
 
     return rule
@@ -102,13 +102,13 @@ def _convolve(rank: int, x: Tensor, weight: Tensor, bias: Any, geometry: Any) ->
         return NotImplemented
     kind = x.device.type
     if not torch.is_autocast_enabled(kind):
-        return layers.Convolve.apply(x, weight, bias, *geometry)
+        return layers.Convolve.apply(x, weight, bias, geometry)
     if x.dtype is torch.float64:  # which autocast leaves alone
         return NotImplemented
     low = torch.get_autocast_dtype(kind)
     cast = [None if t is None else t.to(low) for t in (x, weight, bias)]
     with torch.autocast(kind, enabled=False):
-        return layers.Convolve.apply(*cast, *geometry)
+        return layers.Convolve.apply(*cast, geometry)
 
 
 def _batch_norm(func: Any, x: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
@@ -137,30 +137,33 @@ def _rectify(x: Tensor, compute: Any, passing: Any, inplace: bool, below: Any = 
 
 def _relu(func: Any, input: Tensor, inplace: bool = False) -> Any:
     inplace = inplace or _in_place(func)
-    return _rectify(input, torch.relu_ if inplace else torch.relu, _not_below_zero, inplace)
-
-
-def _not_below_zero(x: Tensor) -> Tensor:
-    return layers.to_bits(x <= 0).bitwise_not_()  # the gradient of NaN passes, as it does in autograd
+    return _rectify(input, torch.relu_ if inplace else torch.relu, _is_not_zero, inplace)
 
 
 def _leaky_relu(func: Any, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
     inplace = inplace or _in_place(func)
-    if inplace and negative_slope < 0:
-        return NotImplemented  # autograd refuses it
+    if not negative_slope > 0:
+        return NotImplemented  # the output's sign would not be the input's
     compute = functools.partial(F.leaky_relu, negative_slope=negative_slope, inplace=inplace)
-    return _rectify(input, compute, _above_zero, inplace, negative_slope)
+    return _rectify(input, compute, _is_positive, inplace, negative_slope)
 
 
 def _prelu(func: Any, input: Tensor, weight: Tensor) -> Any:
-    if not _frozen(weight) or input.dim() < 2 or weight.dtype != input.dtype:
+    if not _frozen(weight) or input.dim() < 2 or weight.dtype != input.dtype or bool((weight <= 0).any()):
         return NotImplemented
     slope = weight.reshape(1, -1, *[1] * (input.dim() - 2))
-    return _rectify(input, functools.partial(torch.prelu, weight=weight), _above_zero, False, slope)
+    return _rectify(input, functools.partial(torch.prelu, weight=weight), _is_positive, False, slope)
 
 
-def _above_zero(x: Tensor) -> Tensor:
-    return layers.to_bits(x > 0)
+# A comparison is five times as slow on a CPU as the cast of a number to whether it is not zero.
+
+
+def _is_not_zero(y: Tensor) -> Tensor:
+    return y.to(torch.bool)  # NaN is not zero: its gradient passes, as it does in autograd
+
+
+def _is_positive(y: Tensor) -> Tensor:
+    return torch.fmax(y, y.new_zeros(())).to(torch.bool)  # NaN becomes zero: its gradient is that of the slope
 
 
 def _relu6(func: Any, input: Tensor, inplace: bool = False) -> Any:
@@ -169,10 +172,12 @@ def _relu6(func: Any, input: Tensor, inplace: bool = False) -> Any:
 
 def _hardtanh(func: Any, input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Any:
     inplace = inplace or _in_place(func)
+    if not max_val - min_val >= 1:
+        return NotImplemented  # the product below could underflow
     compute = functools.partial(F.hardtanh, min_val=min_val, max_val=max_val, inplace=inplace)
 
-    def inside(x: Tensor) -> Tensor:
-        return layers.to_bits((x <= min_val).logical_or_(x >= max_val)).bitwise_not_()
+    def inside(y: Tensor) -> Tensor:
+        return (y - min_val).mul_(max_val - y).to(torch.bool)
 
     return _rectify(input, compute, inside, inplace)
 
@@ -184,7 +189,7 @@ def _max_pool(rank: int) -> Rule:
             return NotImplemented
         window = (
             _each(kernel_size, rank),
-            _each(kernel_size if stride is None or stride == [] else stride, rank),
+            _each(kernel_size if stride is None or stride in ([], ()) else stride, rank),
             _each(padding, rank),
             _each(dilation, rank),
             ceil_mode,
@@ -202,15 +207,28 @@ def _avg_pool(rank: int) -> Rule:
         if input.dim() != rank + 2:
             return NotImplemented
         kernel, padding = _each(kernel_size, rank), _each(padding, rank)
-        stride = _each(kernel_size if stride is None or stride == [] else stride, rank)
+        stride = _each(kernel_size if stride is None or stride in ([], ()) else stride, rank)
         how = (kernel, stride, padding, ceil_mode, count_include_pad, divisor_override)
         return layers.ByShape.apply(input, compute, back, *how)
 
     return rule
 
 
-def _each(value: Any, rank: int) -> list[int]:
-    values = list(value) if isinstance(value, (tuple, list)) else [value]
+def _attention(func: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0,
+               is_causal: bool = False, **more: Any) -> Any:  # fmt: skip
+    if dropout_p or not _frozen(attn_mask) or torch.is_autocast_enabled(query.device.type):
+        return NotImplemented
+
+    def compute(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+        return func(q, k, v, mask, 0.0, is_causal, **more)  # type: ignore[no-any-return]
+
+    return layers.Attend.apply(query, key, value, attn_mask, compute)
+
+
+def _each(value: Any, rank: int) -> tuple[int, ...]:
+    if type(value) is tuple and len(value) == rank:  # as modules have it
+        return value
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     return values * rank if len(values) == 1 else values
 
 
@@ -238,4 +256,5 @@ RULES: dict[Any, Rule] = {
     torch.max_pool3d: _max_pool(3),
     F.avg_pool2d: _avg_pool(2),
     F.avg_pool3d: _avg_pool(3),
+    F.scaled_dot_product_attention: _attention,
 }

@@ -24,9 +24,9 @@ class Convolve(Function):
     """Convolution or its transpose: keeps the weight alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.like, ctx.biases = _layout(x), None if bias is None else list(bias.shape)
+        ctx.like, ctx.biases = _layout(x), None if bias is None else bias.shape
         ctx.geometry = geometry
         return torch.convolution(x, weight, bias, *geometry)
 
@@ -34,8 +34,10 @@ class Convolve(Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         (weight,) = ctx.saved_tensors
         x = stand_in(g, *ctx.like)
-        found = torch.ops.aten.convolution_backward(g, x, weight, ctx.biases, *ctx.geometry, [True, False, False])
-        return (found[0], *[None] * (2 + len(ctx.geometry)))
+        found = torch.ops.aten.convolution_backward.default(
+            g, x, weight, ctx.biases, *ctx.geometry, [True, False, False]
+        )
+        return found[0], None, None, None
 
 
 class Normalise(Function):
@@ -55,7 +57,7 @@ class Normalise(Function):
         wide = variance.double() if variance.device.type == "cpu" else variance  # as the kernel does, to the bit
         found = g.contiguous(memory_format=ctx.order) * (wide + ctx.eps).rsqrt().to(variance.dtype).view(each)
         if weight is not None:
-            found = found * weight.view(each)
+            found = found.mul_(weight.view(each))
         return found.to(g.dtype), None, None, None, None
 
 
@@ -66,11 +68,11 @@ class Rectify(Function):
     def forward(
         ctx: Any, x: Tensor, compute: Callable[[Tensor], Tensor], passing: Callable[[Tensor], Tensor], below: Any
     ) -> Tensor:
-        ctx.save_for_backward(passing(x), below if isinstance(below, Tensor) else None)
-        ctx.like, ctx.below = _layout(x), below
         y = compute(x)
         if y is x:
             ctx.mark_dirty(x)
+        ctx.save_for_backward(to_bits(passing(y)), below if isinstance(below, Tensor) else None)
+        ctx.like, ctx.below = _layout(y), below
         return y
 
     @staticmethod
@@ -118,6 +120,31 @@ class MaxPool(Function):
         back = aten.max_pool2d_with_indices_backward if ctx.rank == 2 else aten.max_pool3d_with_indices_backward
         found = back(g, stand_in(g, *ctx.like), *ctx.window, where.long())
         return (found, None, *[None] * len(ctx.window))
+
+
+class Attend(Function):
+    """Attention: keeps queries, keys and values; its output, which its kernels keep as well, is computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, compute: Callable[..., Tensor]
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.compute = compute
+        return compute(q, k, v, mask)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        *leaves, mask = ctx.saved_tensors
+        again = torch.is_grad_enabled()  # the gradient will be differentiated
+        with torch.enable_grad():
+            if not again:
+                leaves = [
+                    t.detach().requires_grad_(need) for t, need in zip(leaves, ctx.needs_input_grad, strict=False)
+                ]
+            wanted = [t for t in leaves if t.requires_grad]
+            found = iter(torch.autograd.grad(ctx.compute(*leaves, mask), wanted, g, create_graph=again))
+        return *(next(found) if t.requires_grad else None for t in leaves), None, None
 
 
 class ByShape(Function):
