@@ -59,7 +59,6 @@ def _case(k: int, options: Options) -> Case:
     torch.manual_seed(0)
     to = {"device": options.device, "dtype": options.dtype}
     denoiser = Denoiser(QUICK_WIDTH if options.quick else WIDTH).to(**to)
-    parameters = list(denoiser.parameters())
     low, reference = torch.rand(2, 2, 1, *(QUICK_SIZE if options.quick else SIZE), **to)
     criteria = dict(list(CRITERIA.items())[:k])
     loss = LossSum(**{name: Fidelity(criterion) for name, criterion in criteria.items()})
@@ -78,41 +77,28 @@ def _case(k: int, options: Options) -> Case:
 
         return step
 
-    def per_loss() -> Tensor:
-        denoiser.zero_grad(set_to_none=True)
-        rows = [torch.autograd.grad(value, parameters, retain_graph=True) for value in losses()]
-        norms = [torch.cat([g.flatten() for g in row]).norm() for row in rows]
-        for i, parameter in enumerate(parameters):
-            parameter.grad = sum(row[i] / norm / k for row, norm in zip(rows, norms, strict=True))
-        return _gradient(denoiser)
-
     case = Case(f"{k} terms, {' x '.join(map(str, low.shape))}")
-    sides = {OURS["per loss"]: ours(shares=dict.fromkeys(criteria, 1.0)), THEIRS["per loss"]: per_loss}
+    sides = {
+        OURS["per loss"]: ours(shares=dict.fromkeys(criteria, 1.0)),
+        THEIRS["per loss"]: _per_loss(denoiser, losses),
+    }
     try:
         from torchjd.aggregation import Mean, PCGrad, UPGrad
-        from torchjd.autojac import backward, jac_to_grad
     except ImportError:
         case.gaps.append(without("torchjd"))
     else:
-
-        def at_parameters(aggregator: Any) -> Callable[[], Tensor]:
-            def step() -> Tensor:
-                denoiser.zero_grad(set_to_none=True)
-                backward(losses(), inputs=parameters)
-                jac_to_grad(parameters, aggregator)
-                return _gradient(denoiser)
-
-            return step
-
         agree(
             case,
             "taskloss and torchjd, gradients averaged",
             ours(aggregator=Mean())(),
-            at_parameters(Mean())(),
+            _at_parameters(denoiser, losses, Mean())(),
             options.tolerance,
         )
         for name, aggregator in (("PCGrad", PCGrad), ("UPGrad", UPGrad)):
-            sides |= {OURS[name]: ours(aggregator=aggregator()), THEIRS[name]: at_parameters(aggregator())}
+            sides |= {
+                OURS[name]: ours(aggregator=aggregator()),
+                THEIRS[name]: _at_parameters(denoiser, losses, aggregator()),
+            }
     agree(
         case, "taskloss and plain backward, gradients averaged", *_averaged(ours, losses, denoiser), options.tolerance
     )
@@ -125,6 +111,36 @@ def _case(k: int, options: Options) -> Case:
         "the plain average of the gradients, by the same two ways.",
     ]
     return compare(case, sides, options)
+
+
+def _per_loss(denoiser: nn.Module, losses: Callable[[], list[Tensor]]) -> Callable[[], Tensor]:
+    """By hand: every loss's gradient through the whole denoiser, each at the same norm."""
+    parameters = list(denoiser.parameters())
+
+    def step() -> Tensor:
+        denoiser.zero_grad(set_to_none=True)
+        rows = [torch.autograd.grad(value, parameters, retain_graph=True) for value in losses()]
+        norms = [torch.cat([g.flatten() for g in row]).norm() for row in rows]
+        for i, parameter in enumerate(parameters):
+            parameter.grad = sum(row[i] / norm / len(rows) for row, norm in zip(rows, norms, strict=True))
+        return _gradient(denoiser)
+
+    return step
+
+
+def _at_parameters(denoiser: nn.Module, losses: Callable[[], list[Tensor]], aggregator: Any) -> Callable[[], Tensor]:
+    """torchjd's way: every loss's gradient through the whole denoiser, aggregated there."""
+    from torchjd.autojac import backward, jac_to_grad
+
+    parameters = list(denoiser.parameters())
+
+    def step() -> Tensor:
+        denoiser.zero_grad(set_to_none=True)
+        backward(losses(), inputs=parameters)
+        jac_to_grad(parameters, aggregator)
+        return _gradient(denoiser)
+
+    return step
 
 
 def _averaged(

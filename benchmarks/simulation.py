@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.harness import Case, Options, Target, compare, quartiles, without
 from examples.tod_net_ct.dose import ParallelBeam, simulate_volume
-from examples.tod_net_ct.run import Settings
+from examples.tod_net_ct.run import Settings, one_thread
 
 # Root mean square error over root mean square, for 512 pixels: some packages take a corner of the middle pixel for the
 # centre, and half a pixel is more where pixels are large.
@@ -30,7 +29,7 @@ Pair = tuple[Callable[[], Tensor], Callable[[], Tensor]]
 def run(options: Options) -> list[Case]:
     """Projection with FBP, the projection alone beside gecatsim, and a scan of 512 x 512 x 450."""
     size, n_views = (64, 96) if options.quick else (512, 720)
-    with torch.no_grad(), _one_thread():
+    with torch.no_grad(), one_thread():
         return [_slice(size, n_views, options), _catsim(size, n_views, options), _scan(size, n_views, options)]
 
 
@@ -240,13 +239,3 @@ def _seconds(side: Callable[[], object], device: torch.device) -> float:
 def _simulate(volume_hu: Tensor, settings: Settings, seed: int, n_slices: int) -> None:
     torch.set_num_threads(1)
     simulate_volume(volume_hu[:n_slices], (1.0, 0.7, 0.7), settings, seed)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from inspect import ismodule
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,26 @@ def test_imports_point_down_only(path) -> None:
 def test_examples_use_public_names_only(path) -> None:
     for name in imports_of(path):
         assert name == "taskloss" or not name.startswith("taskloss"), name
+
+
+@pytest.mark.parametrize("folder", ["taskloss", "examples", "benchmarks", "docs", "tests"])
+def test_no_function_is_longer_than_60_lines(folder) -> None:
+    """Its docstring not counted; branches are ruff's matter (C901, PLR0912)."""
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                said = node.body[0] if ast.get_docstring(node, clean=False) is not None else None
+                lines = node.end_lineno - node.lineno + 1 - (said.end_lineno - said.lineno + 1 if said else 0)
+                assert lines <= 60, f"{path.relative_to(ROOT)}: {node.name} has {lines} lines; tell it in steps"
+
+
+def test_only_the_front_door_is_the_interface() -> None:
+    """The modules behind it may change in any version: CONTRIBUTING says so, and no page imports one."""
+    assert "`taskloss.__all__`" in (ROOT / "CONTRIBUTING.md").read_text()
+    seen = {name for name in dir(taskloss) if not name.startswith("_") and not ismodule(getattr(taskloss, name))}
+    assert seen == set(taskloss.__all__) - {"__version__"}
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        assert not re.findall(r"(?:from|import) taskloss\.(?!_)", page.read_text()), page.name
 
 
 def test_the_core_imports_torch_and_the_standard_library_alone() -> None:

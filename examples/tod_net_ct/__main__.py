@@ -19,6 +19,9 @@ from .study import cost
 from .study import seeds as study
 from .training import machine, train_denoiser, train_task
 
+PROGRAM = "tod-net-ct" if Path(sys.argv[0]).stem == "tod-net-ct" else "python -m examples.tod_net_ct"
+EXTRAS = {"distributed": "cluster", "gecatsim": "faithful", "bm3d": "classics"}  # all other packages: ct
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run, and turn a caller's mistake into one sentence and exit code 2."""
@@ -37,6 +40,13 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FloatingPointError) as error:
         print(error, file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package in ("examples", "tod_net_ct", "taskloss"):
+            raise
+        extra = EXTRAS.get(package, "ct")
+        print(f"{package}: expected this package, got none; pip install 'taskloss[{extra}]'", file=sys.stderr)
+        return 2
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"{where}{error.strerror or error}; nothing half-written was left, mend it and go on", file=sys.stderr)
@@ -45,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Every command and its options."""
-    top = argparse.ArgumentParser(prog="python -m examples.tod_net_ct", description=__doc__)
+    top = argparse.ArgumentParser(prog=PROGRAM, description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     helps = {
         "run": "all stages of a preset, on phantoms or on your scans",

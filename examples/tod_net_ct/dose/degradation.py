@@ -13,16 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..run import Settings, begin, check_intact, digest, finish, is_done, load_tensors, progress, save_tensors
+from ..run import (
+    Dose,
+    Seed,
+    Settings,
+    begin,
+    check_intact,
+    decisive,
+    digest,
+    finish,
+    is_done,
+    load_tensors,
+    one_thread,
+    only,
+    progress,
+    save_tensors,
+)
 from .projector import KERNELS, ParallelBeam
 from .simulate import bowtie_fluence, low_dose
 
 BOWTIE_RADIUS_MM = 160.0  # of the water cylinder that the bowtie half evens out: about an abdomen
 SLICES = 16  # in float at a time, so that a scan of 450 slices of 512 x 512 takes its 16-bit files' memory
 DASK_TIMEOUT_S = 10
-
-FACTS = ("seed", "i0_photons", "electronic_noise_photons", "kernel", "n_views", "bowtie", "dose_fraction", "route")
-"""The settings that decide the result; `jobs` does not."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,18 +63,18 @@ def degrade(settings: Settings, run: Path, *, jobs: int | None = None, dask: str
         ValueError: for cases that were not prepared, a setting that makes no sense, or a scheduler out of reach.
     """
     folder, cases = run / "low_dose", run / "cases"
+    jobs = settings.jobs if jobs is None else jobs
+    settings = only(settings, Seed, Dose)
     check(settings, run)
     part, parts = _parse(shard)
-    facts = {name: getattr(settings, name) for name in FACTS} | {"cases": digest(cases / "manifest.json")}
+    facts = decisive(settings) | {"cases": digest(cases / "manifest.json")}
     if is_done(folder, facts):
         return folder
     begin(folder, facts)
     numbered = numbered_cases(run)
     todo = [(i, path) for i, path in numbered[part::parts] if not (folder / path.name).exists()]
     work = functools.partial(_simulate_case, settings, folder.resolve())
-    for _ in progress(
-        _spread(work, todo, settings.jobs if jobs is None else jobs, dask), "simulate low dose", len(todo)
-    ):
+    for _ in progress(_spread(work, todo, jobs, dask), "simulate low dose", len(todo)):
         pass
     missing = [path.stem for _, path in numbered if not (folder / path.name).exists()]
     if missing:
@@ -116,10 +128,8 @@ def case_seed(settings: Settings, number: int) -> int:
     return 1_000_003 * (settings.seed + 1) + number
 
 
-def voxel_of(case: dict[str, Tensor], settings: Settings) -> tuple[float, float, float]:
-    """A case's own voxel size `(dz, dy, dx)`; phantoms may come without, on the training grid."""
-    if "voxel_mm" not in case:
-        return settings.voxel_mm
+def voxel_of(case: dict[str, Tensor]) -> tuple[float, float, float]:
+    """A case's own voxel size `(dz, dy, dx)`."""
     dz, dy, dx = case["voxel_mm"].tolist()
     return dz, dy, dx
 
@@ -145,13 +155,13 @@ def check(settings: Settings, run: Path) -> None:
 
 
 def _simulate_case(settings: Settings, folder: Path, number: int, path: Path) -> None:
-    with _one_thread():
+    with one_thread():
         case = load_tensors(path)
         if "low_hu" in case:  # a measured pair
             save_tensors(folder / path.name, low_hu=case["low_hu"])
             return
         try:
-            made = simulate_volume(case["normal_hu"], voxel_of(case, settings), settings, case_seed(settings, number))
+            made = simulate_volume(case["normal_hu"], voxel_of(case), settings, case_seed(settings, number))
         except ValueError as error:
             raise ValueError(f"{path.name}: {error}") from error
         save_tensors(folder / path.name, **made)
@@ -187,17 +197,6 @@ def _spread(work: Callable[[int, Path], None], todo: list[Any], jobs: int, dask:
                 "simulate: a process was killed, most often for want of memory (a scan of 512 x 512 x 450 takes about "
                 "2 GB); what is done is kept, so run it again with fewer --jobs"
             ) from error
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep torch to one thread: processes share the cores, and the sums' order does not depend on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _summary(paths: list[Path]) -> dict[str, Any]:

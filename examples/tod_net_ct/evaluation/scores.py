@@ -20,7 +20,21 @@ from taskloss import Fidelity, LossSum, TaskOrientedLoss, gradient_maps
 from ..inference import segment
 from ..metrics import dice, holm, image_quality, mean_and_sd, paired, surface_distance_mm
 from ..networks import load_denoiser
-from ..run import Settings, begin, digest, finish, is_done, progress, write_text
+from ..run import (
+    Guidance,
+    Networks,
+    Patches,
+    Settings,
+    TaskLoss,
+    begin,
+    decisive,
+    digest,
+    finish,
+    is_done,
+    only,
+    progress,
+    write_text,
+)
 from ..scans import Cases, to_unit
 from ..training import RECIPES, dice_loss, load_task, restorer
 
@@ -43,7 +57,7 @@ def evaluate(settings: Settings, run: Path) -> Path:
     facts = {
         "cases": _fingerprint(run / "cases"),
         "low_dose": _fingerprint(run / "low_dose"),
-        "voxel_mm": settings.voxel_mm,
+        **decisive(only(settings, Patches, TaskLoss, Guidance, Networks)),
         "denoisers": {name: _fingerprint(run / "denoisers" / name, "best.pt") for name in settings.denoisers},
         "networks": {name: _fingerprint(run / "task" / name, "weights.pt") for name in settings.task_networks},
     }

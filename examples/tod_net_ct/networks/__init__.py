@@ -6,7 +6,7 @@ They know the HU window and their checkpoint files, and nothing of training.
 from .baselines import Autoencoder, SelfAttentionDenoiser, ThreeLayerCNN, bm3d, critic_network, non_local_means
 from .denoiser import Denoiser, load_denoiser, save_checkpoint, unet
 from .exported import load_weights, weights_of, write_weights
-from .perceptual import perceptual_loss
+from .perceptual import as_slices, perceptual_loss
 from .task_networks import SIDE_MULTIPLE, TASK_NETWORKS, build, load_network, save_network
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "SelfAttentionDenoiser",
     "TASK_NETWORKS",
     "ThreeLayerCNN",
+    "as_slices",
     "bm3d",
     "build",
     "critic_network",

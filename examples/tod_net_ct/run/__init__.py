@@ -5,21 +5,54 @@ Everything else stands on this room, which knows nothing of CT.
 
 from .files import digest, load_tensors, read_json, replacing, save_tensors, write_text
 from .lock import occupy
-from .settings import DENOISERS, PRESETS, Settings, from_yaml
-from .stage import begin, check_intact, finish, is_done, progress, results_of, take_twin
+from .presets import PRESETS, from_yaml
+from .settings import (
+    Budget,
+    Choice,
+    Data,
+    Dose,
+    Guidance,
+    Machine,
+    Networks,
+    Patches,
+    Seed,
+    Settings,
+    Split,
+    TaskLoss,
+    TaskNetworks,
+    Training,
+    decisive,
+    only,
+)
+from .stage import begin, check_intact, finish, is_done, one_thread, progress, results_of, take_twin
 
 __all__ = [
-    "DENOISERS",
+    "Budget",
+    "Choice",
+    "Data",
+    "Dose",
+    "Patches",
+    "Guidance",
+    "Machine",
+    "Networks",
     "PRESETS",
+    "Seed",
     "Settings",
+    "Split",
+    "TaskLoss",
+    "TaskNetworks",
+    "Training",
     "begin",
     "check_intact",
+    "decisive",
     "digest",
     "finish",
     "from_yaml",
     "is_done",
     "load_tensors",
     "occupy",
+    "one_thread",
+    "only",
     "progress",
     "read_json",
     "replacing",

@@ -12,7 +12,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from .files import checksum, read_json, replacing, write_text
+from .settings import Settings
 
 Item = TypeVar("Item")
 PACKAGES = (
@@ -24,7 +27,7 @@ PACKAGES = (
 def is_done(folder: Path, facts: Mapping[str, Any]) -> bool:
     """Whether this folder holds the finished result of exactly these facts."""
     manifest = _manifest(folder)
-    return manifest is not None and manifest["facts"] == _plain(facts)
+    return manifest is not None and _agree(manifest["facts"], facts)
 
 
 def begin(folder: Path, facts: Mapping[str, Any]) -> bool:
@@ -36,7 +39,7 @@ def begin(folder: Path, facts: Mapping[str, Any]) -> bool:
     (folder / "manifest.json").unlink(missing_ok=True)  # first: killed from here on, the stage counts as not done
     begun = folder / "begun.json"
     with contextlib.suppress(ValueError):
-        if read_json(begun) == _plain(facts):
+        if _agree(read_json(begun), facts):
             return True
     begun.unlink(missing_ok=True)
     for path in folder.glob("*.pt"):
@@ -128,7 +131,7 @@ def take_twin(folder: Path, facts: Mapping[str, Any], name: str) -> bool:
     """Copy the finished work of a neighbour that differs in the fact `name` alone, a mere name; False without one."""
     for neighbour in sorted(folder.parent.glob("*/manifest.json")):
         manifest = _manifest(neighbour.parent)
-        if manifest is not None and {**manifest["facts"], name: None} == {**_plain(facts), name: None}:
+        if manifest is not None and _agree({**manifest["facts"], name: None}, {**facts, name: None}):
             check_intact(neighbour.parent)
             begin(folder, facts)
             for path in _made(neighbour.parent):
@@ -178,6 +181,28 @@ def progress(items: Iterable[Item], title: str, total: int | None = None) -> Ite
         for item in items:
             yield item
             bar.advance(task)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep torch to one thread: processes share the cores, and the sums' order does not depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _agree(recorded: Any, facts: Mapping[str, Any]) -> bool:
+    """Whether what a manifest recorded are these facts. A setting that it does not know, being older, counts as having
+    had its default: so a run folder of an earlier version is taken up.
+    """
+    if not isinstance(recorded, dict):
+        return False
+    plain = _plain(facts)
+    unknown = {name: value for name, value in _plain(Settings().to_dict()).items() if name in plain}
+    return {**unknown, **recorded} == plain
 
 
 def _plain(value: Any) -> Any:

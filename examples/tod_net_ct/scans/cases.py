@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..run import check_intact, load_tensors, read_json, save_tensors
-from .grid import AIR_HU, crop_or_pad, resample, sub_volume_starts, training_grid
+from .grid import OUTSIDE_HU, crop_or_pad, resample, sub_volume_starts, training_grid
 from .preparation import cases_of, grid_of
 from .window import to_unit
 
@@ -64,7 +64,7 @@ class Cases(Dataset[tuple[Tensor, Tensor, Tensor]]):
         stop = start + self.shape[0]
         normal_hu, low_hu, mask = (
             crop_or_pad(case[name][start:stop], self.shape, fill)
-            for name, fill in (("normal_hu", AIR_HU), ("low_hu", AIR_HU), ("mask", 0))
+            for name, fill in (("normal_hu", OUTSIDE_HU), ("low_hu", OUTSIDE_HU), ("mask", 0))
         )
         return to_unit(low_hu)[None], to_unit(normal_hu)[None], mask.clone()[None]  # nothing keeps the file open
 
@@ -93,7 +93,7 @@ class Cases(Dataset[tuple[Tensor, Tensor, Tensor]]):
             source = grid_of(case)
             target = training_grid(source, self.voxel_mm, self.shape[1:])
             low_hu, normal_hu = (
-                resample(case[name].float(), source, target, fill=AIR_HU).round().to(torch.int16)
+                resample(case[name].float(), source, target, fill=OUTSIDE_HU).round().to(torch.int16)
                 for name in ("low_hu", "normal_hu")
             )
             mask = resample(case["mask"], source, target, fill=0, nearest=True)

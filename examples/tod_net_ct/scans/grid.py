@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-AIR_HU = -1024
+OUTSIDE_HU = -1024  # what scanners write where they saw nothing; air itself is `dose.simulate.AIR_HU`
 
 
 class Grid(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..run import Settings, begin, finish, is_done, progress, save_tensors
+from ..run import Data, Patches, Seed, Settings, Split, begin, decisive, finish, is_done, only, progress, save_tensors
 from .grid import Grid, is_on_grid, training_grid
 from .layouts import Case, find_cases, organ_labels
 from .phantoms import abdominal_phantom, organ_mask
@@ -42,9 +42,8 @@ def prepare(settings: Settings, run: Path) -> Path:
         ValueError: for a folder without cases, fewer patients than the splits need, or a case that cannot be used.
     """
     folder = run / "cases"
-    names = ("seed", "data", "organ", "n_train", "n_validation", "n_test", "shape", "voxel_mm", "overlap")
-    names += ("split", "reuse") if settings.data else ()
-    facts = {name: getattr(settings, name) for name in names}
+    settings = only(settings, Seed, Data, Patches, *([Split] if settings.data else []))
+    facts = decisive(settings)
     if not 0 <= settings.overlap < 1:
         raise ValueError(f"overlap: expected a share from 0 to below 1, got {settings.overlap}; --set overlap=0.5")
     sources = _scans(settings) if settings.data else _phantoms(settings)

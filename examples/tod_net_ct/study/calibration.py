@@ -15,7 +15,7 @@ from ..dose import case_seed, check, numbered_cases, simulate_volume, voxel_of
 from ..evaluation import device_of
 from ..inference import segment
 from ..metrics import dice
-from ..run import Settings, load_tensors, write_text
+from ..run import Dose, Seed, Settings, decisive, load_tensors, only, write_text
 from ..scans import WINDOW_HU
 from ..training import load_task
 
@@ -96,10 +96,10 @@ def calibrate(
         as_simulated = _trial(network, cases, normal, found, replace(settings, i0_photons=found))
         said = f"with the noise of simulate, --set i0_photons={found:.0f} means {_line(as_simulated)}"
     print(said)
-    names = ("seed", "electronic_noise_photons", "kernel", "n_views", "bowtie", "dose_fraction", "route")
+    kept = {name: value for name, value in decisive(only(settings, Seed, Dose)).items() if name != "i0_photons"}
     result = {"i0_photons": found, "said": said, "drop": drop, "normal_dice": normal, "n_cases": len(cases)}
     result |= {"as_simulated": as_simulated}
-    result |= {"settings": {name: getattr(settings, name) for name in names}}
+    result |= {"settings": kept}
     result |= {"trials": [trials[i0] for i0 in sorted(trials)]}
     write_text(run / "calibration.json", json.dumps(result, indent=2))
     return run / "calibration.json"
@@ -121,7 +121,7 @@ def _trial(
     for number, path in cases:
         case = load_tensors(path)
         seed = case_seed(settings, number)
-        low_hu = simulate_volume(case["normal_hu"], voxel_of(case, settings), settings, seed)["low_hu"]
+        low_hu = simulate_volume(case["normal_hu"], voxel_of(case), settings, seed)["low_hu"]
         squared = (low_hu.float().clamp(*WINDOW_HU) - case["normal_hu"].float().clamp(*WINDOW_HU)).square()
         scores.append({
             "dice": 100 * _dice(network, low_hu, case, settings),
@@ -140,7 +140,7 @@ def _line(trial: dict[str, float]) -> str:
 
 
 def _dice(network: nn.Module, volume_hu: Tensor, case: dict[str, Tensor], settings: Settings) -> float:
-    found = segment(network, volume_hu.float(), voxel_of(case, settings), settings.voxel_mm, device=device_of(settings))
+    found = segment(network, volume_hu.float(), voxel_of(case), settings.voxel_mm, device=device_of(settings))
     return dice(found, case["mask"])
 
 

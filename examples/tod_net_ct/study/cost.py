@@ -22,9 +22,9 @@ from ..networks import Denoiser
 from ..run import PRESETS, write_text
 from ..scans import prepare
 from ..training import train_denoiser, train_task
+from .results import RESULTS
 
 PAPER = PRESETS["paper"]
-RESULTS = Path(__file__).parents[1] / "results"
 # Assumptions of the estimate, not measurements: an H100's speed in 3-D convolutions, and a scan of LiTS at 1 mm.
 TFLOPS = {"TF32": 100.0, "bf16": 250.0}
 SLICES_PER_SCAN, SCANS = 400, {"LiTS": 91, "KiTS": 126}

@@ -22,8 +22,8 @@ from ..run import PRESETS, Settings, progress, results_of, write_text
 from ..scans import Cases, prepare
 from ..training import RECIPES, restorer, train_denoiser, train_task
 from .real import real_pairs, real_scans
+from .results import RESULTS
 
-RESULTS = Path(__file__).parents[1] / "results"
 TUNING = {"share_adv": (0.3, 0.03, 0.003)}  # the one knob that all of the compared denoisers have
 ABLATIONS = (
     "mse_wgan@balance=false",

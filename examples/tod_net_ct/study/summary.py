@@ -17,12 +17,13 @@ from ..training import FILTERS
 from .cost import sentences
 from .forest import forest
 from .real import FINE_TUNED, FINE_TUNING_STEPS, SCRATCH
+from .results import HERE
 
 BASELINES = ("mse_wgan", "vgg_wgan", "sa_wgan")
 UNSEEN = ("vnet", "res_unet", "vox_resnet")
 NETWORKS = ("unet", *UNSEEN)
 COLUMNS = ("roi_ssim", "roi_rmse_hu", "roi_psnr_db", "whole_ssim", "whole_rmse_hu", "whole_psnr_db")
-READMES = (Path(__file__).parents[1] / "README.md",)
+READMES = (HERE / "README.md",)
 
 DICE = tuple(f"{name}_dice" for name in NETWORKS)
 BOTH = (*DICE, "roi_rmse_hu", "whole_rmse_hu")
@@ -94,7 +95,7 @@ def summarise(results: Path) -> str:
             if gaps:
                 with replacing(results / "figures" / f"{letter}_{unit}.png") as unfinished:
                     forest(gaps, subject).savefig(unfinished, format="png")
-    if results == Path(__file__).parents[1] / "results":
+    if results == HERE / "results":
         for path in READMES:
             write_text(path, readme(path.read_text(), found, results))
     return text

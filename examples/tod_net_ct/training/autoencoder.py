@@ -8,8 +8,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..networks import Autoencoder
-from ..run import Settings, begin, check_intact, digest, finish, is_done, load_tensors, progress, save_tensors
+from ..networks import Autoencoder, as_slices
+from ..run import (
+    Budget,
+    Machine,
+    Patches,
+    Seed,
+    Settings,
+    begin,
+    check_intact,
+    decisive,
+    digest,
+    finish,
+    is_done,
+    load_tensors,
+    only,
+    progress,
+    save_tensors,
+)
 from ..scans import Cases
 from .loop import batches, machine
 
@@ -17,9 +33,8 @@ from .loop import batches, machine
 def train_autoencoder(settings: Settings, run: Path, fabric: Any = None) -> Path:
     """Write ``task/autoencoder/weights.pt``; as many steps as a denoiser gets."""
     folder = run / "task" / "autoencoder"
-    names = ("seed", "shape", "overlap", "voxel_mm", "width", "batch", "steps", "epochs")
-    facts = {field: getattr(settings, field) for field in names}
-    facts |= {"cases": digest(run / "cases" / "manifest.json")}
+    settings = only(settings, Seed, Patches, Budget, Machine)
+    facts = decisive(settings) | {"cases": digest(run / "cases" / "manifest.json")}
     if is_done(folder, facts):
         return folder
     fabric = fabric or machine(settings)
@@ -32,7 +47,7 @@ def train_autoencoder(settings: Settings, run: Path, fabric: Any = None) -> Path
     losses = []
     stream = batches(train, settings.batch, settings, fabric)
     for _, (_, normal, _) in zip(progress(range(steps), "train autoencoder"), stream, strict=False):
-        slices = normal.transpose(1, 2).flatten(0, 1)
+        slices = as_slices(normal)
         loss = F.mse_loss(network(slices), slices)
         optimizer.zero_grad()
         fabric.backward(loss)

@@ -30,6 +30,7 @@ from ..networks import (
     Denoiser,
     SelfAttentionDenoiser,
     ThreeLayerCNN,
+    as_slices,
     bm3d,
     critic_network,
     load_denoiser,
@@ -144,19 +145,15 @@ def loss_of(recipe: Recipe, settings: Settings, run: Path, critic: WassersteinCr
     return LossSum(**{name: weight * part for name, (weight, part) in terms.items()})
 
 
+SHARES = {
+    "adv": "share_adv", "mse": "share_mse", "task": "share_task", "consistency": "share_task",
+    "perceptual": "share_perceptual", "autoencoder": "share_perceptual",
+}  # fmt: skip
+
+
 def shares_of(recipe: Recipe, settings: Settings) -> dict[str, float]:
     """Each term's share of the gradient norm at x_hat."""
-    known = {
-        "adv": settings.share_adv, "mse": settings.share_mse, "task": settings.share_task,
-        "consistency": settings.share_task, "perceptual": settings.share_perceptual,
-        "autoencoder": settings.share_perceptual,
-    }  # fmt: skip
-    return {name: known[name] for name in recipe.terms}
-
-
-def as_slices(volume: Tensor) -> Tensor:
-    """Axial slices of `(N, 1, D, H, W)` as images `(N * D, 1, H, W)`."""
-    return volume.transpose(1, 2).flatten(0, 1)
+    return {name: getattr(settings, SHARES[name]) for name in recipe.terms}
 
 
 def restorer(

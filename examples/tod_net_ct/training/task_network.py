@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from taskloss import audit_task_model
 
 from ..networks import build, load_network, save_network
-from ..run import Settings, begin, check_intact, digest, finish, is_done, progress
+from ..run import (
+    Machine,
+    Patches,
+    Seed,
+    Settings,
+    TaskLoss,
+    TaskNetworks,
+    begin,
+    check_intact,
+    decisive,
+    digest,
+    finish,
+    is_done,
+    only,
+    progress,
+)
 from ..scans import Cases
 from .loop import Board, Point, batches, machine, write_log
 
@@ -28,10 +44,9 @@ def dice_loss(kind: str = "batch") -> nn.Module:
 
 def train_task(name: str, settings: Settings, run: Path, fabric: Any = None) -> Path:
     """Write ``task/<name>/weights.pt``, and refuse to go on with a network that the audit finds unfit to guide."""
-    folder, cases = run / "task" / name, run / "cases"
-    names = ("seed", "shape", "overlap", "voxel_mm", "task_width", "task_batch", "task_learning_rate", "dice")
-    facts = {field: getattr(settings, field) for field in names} | {"cases": digest(cases / "manifest.json")}
-    facts |= {"network": name, "steps": settings.steps_of(name)}
+    folder, steps = run / "task" / name, settings.steps_of(name)
+    settings = only(settings, Seed, Patches, TaskNetworks, TaskLoss, Machine)
+    facts = facts_of(name, settings, steps, run)
     if is_done(folder, facts):
         return folder
     fabric = fabric or machine(settings)
@@ -39,39 +54,23 @@ def train_task(name: str, settings: Settings, run: Path, fabric: Any = None) -> 
         begin(folder, facts)
     fabric.barrier()
     torch.manual_seed(settings.seed)
-    train, steps = Cases(run, "train"), settings.steps_of(name)
-    width = max(1, round(settings.task_width * RELATIVE_WIDTH[name]))
-    network = build(name, width).to(memory_format=torch.channels_last_3d)
-    optimizer = torch.optim.Adam(network.parameters(), lr=settings.task_learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.task_learning_rate, total_steps=steps)
-    own = network
-    network, optimizer = fabric.setup(torch.compile(network) if settings.compile else network, optimizer)
-    point = Point(folder / "last.pt", fabric, network=own, optimizer=optimizer, schedule=schedule)
+    train = Cases(run, "train")
+    parts = set_up(name, settings, steps, fabric)
+    point = Point(folder / "last.pt", fabric, network=parts.own, optimizer=parts.optimizer, schedule=parts.schedule)
     start, log, _ = point.load()
     board = Board(folder / "tensorboard", fabric, start)
-    criterion = dice_loss(settings.dice)
-    todo = range(start + 1, steps + 1)
     stream = batches(train, settings.task_batch, settings, fabric, start)
-    for step, (_, normal, mask) in zip(progress(todo, f"train {name}"), stream, strict=False):
-        loss = criterion(network(normal.to(memory_format=torch.channels_last_3d)), mask)
-        if not math.isfinite(value := float(loss.detach())):
+    for step, (_, normal, mask) in zip(progress(range(start + 1, steps + 1), f"train {name}"), stream, strict=False):
+        value = one_step(parts, normal, mask)
+        if not math.isfinite(value):
             raise FloatingPointError(f"{name}: the Dice loss is {value} at step {step}; lower task_learning_rate")
-        optimizer.zero_grad()
-        fabric.backward(loss)
-        optimizer.step()
-        schedule.step()
         log.append({"step": step, "dice_loss": value})
         board.add(log[-1])
         if step % settings.save_every == 0 and step < steps:
             point.save(step, log, 0.0)
     board.close()
     if fabric.is_global_zero:
-        own.cpu().eval()
-        _, normal, _ = train[0]
-        findings = audit_task_model(own, normal[None])
-        if findings:
-            raise ValueError(f"{name} is unfit to guide a denoiser: " + "; ".join(map(str, findings)))
-        save_network(folder / "weights.pt", own, name, width, voxel_mm=list(settings.voxel_mm), seed=settings.seed)
+        keep(name, parts.own, train, settings, folder)
         write_log(folder / "log.csv", log)
         recent = [row["dice_loss"] for row in log[-10:]]
         finish(folder, facts, last_loss=sum(recent) / len(recent), digest=digest(folder / "weights.pt"))
@@ -80,8 +79,63 @@ def train_task(name: str, settings: Settings, run: Path, fabric: Any = None) -> 
     return folder
 
 
+def facts_of(name: str, settings: Any, steps: int, run: Path) -> dict[str, Any]:
+    """What decides the result."""
+    return decisive(settings) | {"cases": digest(run / "cases" / "manifest.json"), "network": name, "steps": steps}
+
+
+@dataclass
+class Parts:
+    """What a training step works with; `network` runs the weights of `own`, compiled or over processes."""
+
+    own: nn.Module
+    network: nn.Module
+    optimizer: Any
+    schedule: Any
+    criterion: nn.Module
+    backward: Any  # the machine's, which knows of its precision and its processes
+
+
+def set_up(name: str, settings: Any, steps: int, fabric: Any) -> Parts:
+    """A new network and its optimiser, on the machine's device."""
+    own = build(name, width_of(name, settings)).to(memory_format=torch.channels_last_3d)
+    optimizer = torch.optim.Adam(own.parameters(), lr=settings.task_learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.task_learning_rate, total_steps=steps)
+    network, optimizer = fabric.setup(torch.compile(own) if settings.compile else own, optimizer)
+    return Parts(own, network, optimizer, schedule, dice_loss(settings.dice), fabric.backward)
+
+
+def one_step(parts: Parts, normal: Tensor, mask: Tensor) -> float:
+    """One step on normal dose; returns the Dice loss, and leaves the weights alone where that is not finite."""
+    loss = parts.criterion(parts.network(normal.to(memory_format=torch.channels_last_3d)), mask)
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        return value
+    parts.optimizer.zero_grad()
+    parts.backward(loss)
+    parts.optimizer.step()
+    parts.schedule.step()
+    return value
+
+
+def keep(name: str, network: nn.Module, train: Cases, settings: Any, folder: Path) -> None:
+    """Audit the trained network, which no denoiser's training could do without, and write it."""
+    network.cpu().eval()
+    _, normal, _ = train[0]
+    findings = audit_task_model(network, normal[None])
+    if findings:
+        raise ValueError(f"{name} is unfit to guide a denoiser: " + "; ".join(map(str, findings)))
+    facts = {"voxel_mm": list(settings.voxel_mm), "seed": settings.seed}
+    save_network(folder / "weights.pt", network, name, width_of(name, settings), **facts)
+
+
 # Widths relative to the U-Net's, so that one number sets them all. The published code: 64, 16, 16, 32.
 RELATIVE_WIDTH = {"unet": 1.0, "vnet": 0.5, "res_unet": 1.0, "vox_resnet": 1.0}
+
+
+def width_of(name: str, settings: Any) -> int:
+    """A task network's width in its own counting."""
+    return max(1, round(settings.task_width * RELATIVE_WIDTH[name]))
 
 
 def load_task(settings: Settings, run: Path, name: str = "unet") -> nn.Module:

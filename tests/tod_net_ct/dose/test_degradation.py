@@ -25,7 +25,7 @@ CASES = {
     "test-000": ((3, 20, 20), (5.0, 14.0, 14.0)),
     "test-001": ((4, 20, 20), (1.0, 12.0, 12.0)),
     "train-000": ((stage.SLICES + 3, 16, 24), (3.0, 13.0, 13.0)),
-    "train-001": ((2, 20, 20), None),
+    "train-001": ((2, 20, 20), (6.0, 12.0, 12.0)),
 }
 
 
@@ -37,7 +37,7 @@ def body(shape: tuple[int, int, int]) -> torch.Tensor:
 
 def prepared(run: Path, cases=CASES) -> Path:
     for name, (shape, voxel_mm) in cases.items():
-        voxel = {} if voxel_mm is None else {"voxel_mm": torch.tensor(voxel_mm)}
+        voxel = {"voxel_mm": torch.tensor(voxel_mm)}
         save_tensors(run / "cases" / f"{name}.pt", normal_hu=body(shape), mask=torch.zeros(shape).byte(), **voxel)
     write_text(run / "cases" / "manifest.json", json.dumps({"facts": {}, "results": {}}))
     return run
@@ -69,7 +69,7 @@ def test_a_case_is_simulated_at_its_own_voxel_size_with_the_seed_of_its_number(t
     degrade(SETTINGS, run)
     for number, (name, (shape, voxel_mm)) in enumerate(CASES.items()):
         expected = low_dose(
-            body(shape).float(), voxel_mm or SETTINGS.voxel_mm, SETTINGS.i0_photons, kernel=SETTINGS.kernel,
+            body(shape).float(), voxel_mm, SETTINGS.i0_photons, kernel=SETTINGS.kernel,
             generator=1_000_003 * (SETTINGS.seed + 1) + number, n_views=20,
         )  # fmt: skip
         made = load_tensors(run / "low_dose" / f"{name}.pt")

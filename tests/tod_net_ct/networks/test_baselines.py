@@ -57,8 +57,8 @@ def test_networks_keep_the_size() -> None:
     assert baselines.ThreeLayerCNN(4)(volume).shape == volume.shape
     assert baselines.SelfAttentionDenoiser(1)(volume).shape == volume.shape
     assert baselines.Autoencoder(2)(slices).shape == slices.shape
-    assert perceptual.slices_as_images(volume).shape == (3, 3, 12, 20)
-    assert torch.equal(denoisers.as_slices(volume)[1, 0], volume[0, 0, 1])
+    assert perceptual.as_images(volume).shape == (3, 3, 12, 20)
+    assert torch.equal(perceptual.as_slices(volume)[1, 0], volume[0, 0, 1])
 
 
 @pytest.mark.parametrize("name", ["nlm", "bm3d"])
