@@ -108,9 +108,17 @@ def test_examples_use_public_names_of_the_library_only(path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", sorted([*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]), ids=lambda p: p.stem
+    "path",
+    sorted(
+        [
+            *(ROOT / "examples").glob("*.py"),
+            *(ROOT / "benchmarks").rglob("*.py"),
+            *(ROOT / "tests").rglob("*.py"),
+        ]
+    ),
+    ids=lambda p: p.stem,
 )
-def test_benchmarks_and_tests_enter_rooms_by_their_fronts(path) -> None:
+def test_all_others_enter_rooms_by_their_fronts(path) -> None:
     """A room's own tests, in the folder of its name, may look into its modules."""
     for module, name in imports_of(path):
         if module.startswith(EXAMPLE) and module != f"{EXAMPLE}.__main__" and (module, name) != (EXAMPLE, "__main__"):

@@ -198,7 +198,7 @@ def _agree(recorded: Any, facts: Mapping[str, Any]) -> bool:
     """Whether what a manifest recorded are these facts. A setting that it does not know, being older, counts as having
     had its default: so a run folder of an earlier version is taken up.
     """
-    if not isinstance(recorded, dict):
+    if not isinstance(recorded, dict) or not recorded:  # an empty one vouches for nothing
         return False
     plain = _plain(facts)
     unknown = {name: value for name, value in _plain(Settings().to_dict()).items() if name in plain}

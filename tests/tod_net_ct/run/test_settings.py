@@ -9,7 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from examples.tod_net_ct.run import PRESETS, Dose, Machine, Patches, Seed, Settings, decisive, from_yaml, only
+from examples.tod_net_ct.run import (
+    PRESETS,
+    Dose,
+    Machine,
+    Patches,
+    Seed,
+    Settings,
+    decisive,
+    finish,
+    from_yaml,
+    is_done,
+    only,
+)
 from examples.tod_net_ct.run.settings import GROUPS
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "tod_net_ct"
@@ -76,3 +88,15 @@ def test_no_stage_types_by_hand_which_settings_decide(path) -> None:
     for node in lists:
         names = [e.value for e in node.elts if isinstance(e, ast.Constant) and e.value in known]
         assert len(names) < 3 or path.name in ("real.py", "paper.py"), f"{path.name}:{node.lineno}: {names}"
+
+
+def test_a_run_of_an_earlier_version_is_taken_up(tmp_path) -> None:
+    """Its manifests do not know every setting; what they leave out counts as having had its default."""
+    settings = replace(Settings(), seed=3)
+    old = decisive(only(settings, Seed, Patches)) | {"network": "unet", "cases": "0123"}
+    finish(tmp_path, old)
+    now = decisive(only(settings, Seed, Patches, Machine)) | {"network": "unet", "cases": "0123"}
+    assert "precision" not in old and is_done(tmp_path, now)
+    assert not is_done(tmp_path, now | {"precision": "bf16-mixed"}), "it was not made with that"
+    assert not is_done(tmp_path, now | {"seed": 0}) and not is_done(tmp_path, now | {"network": "vnet"})
+    assert not is_done(tmp_path, now | {"guide": "0123"}), "what is no setting has no default"
