@@ -14,6 +14,7 @@ from ..evaluation import REFERENCE, Row, guide_of, heading, read_rows, title, va
 from ..run import Settings, check_intact, read_json, replacing, results_of, write_text
 from . import paper, plots
 from .answers import answers, family_note, focus_sentences, number, sentence
+from .opening import cautions, opening_columns, opening_figure, opening_sentence, whole_image_sentence
 from .tables import label, markdown, tables, write_tables
 from .viewer import viewer_data
 
@@ -63,6 +64,7 @@ def _draw(settings: Settings, run: Path, rows: Sequence[Row], shown: Sequence[pl
     task_logs = {name: plots.read_log(run / "task" / name / "log.csv") for name in settings.task_networks}
     has_dice = any(np.isfinite(values_of(rows, "low", "none", f"{guide}_dice")))
     figures = {
+        "opening": opening_figure(shown[0], opening_columns(settings)),
         "fig2": plots.gradient_figure(settings, run, typical),
         "fig3": plots.case_figure(shown[0], guide, _columns(settings)),
         "dice": plots.dice_figure(rows, settings.task_networks, settings.denoisers) if has_dice else None,
@@ -136,7 +138,9 @@ def _page(
         paper_tables=paper.paper_tables(settings.organ),
         paper_source=paper.SOURCE,
         perceptual=PERCEPTUAL.get(settings.perceptual_network, settings.perceptual_network),
-        warnings=warnings_of(run),
+        warnings=[*cautions(summary, settings), *warnings_of(run)],
+        opening=opening_sentence(summary, settings, guide_of(settings)),
+        whole_image=whole_image_sentence(summary),
         packages=manifest["packages"],
         css=Markup((here / "report.css").read_text()),
         script=Markup((here / "viewer.js").read_text()),

@@ -98,7 +98,10 @@ def _table(
         for key, _ in columns
     }
     best = {
+        # where all are equal, none is best
         key: (min if key.endswith(LOWER_IS_BETTER) else max)(values.values(), default=None)
+        if len(values) == 1 or len(set(values.values())) > 1
+        else None
         for key, values in printed.items()
     }
     rows: list[tuple[str, tuple[Cell, ...]]] = []

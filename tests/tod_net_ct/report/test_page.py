@@ -109,7 +109,7 @@ def test_the_page_holds_every_table_and_figure(made) -> None:
             assert (run / "tables" / f"{name}.{kind}").stat().st_size > 100
     for name in ("fig2", "fig3", "dice", "learning", "task_learning"):
         assert (run / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert len(re.findall(r"data:image/(?:png|webp);base64,", page)) == 5
+    assert len(re.findall(r"data:image/(?:png|webp);base64,", page)) == 6
     for words in ("Dice (%) on normal dose", "The paper's own numbers", "rmsprop", "EfficientNet-Lite0", "torch "):
         assert words in page, words
     assert "n = 3" not in page and "With 3 cases the smallest p that Wilcoxon can give is 0.25" in page
