@@ -56,7 +56,11 @@ class AdversarialLoss(Term):
         return self._hidden[0]
 
     def forward(self, x_hat: Tensor) -> Tensor:
-        """``-E[D(x_hat)]``, a scalar; see the class."""
+        """``-E[D(x_hat)]``, a scalar; see the class.
+
+        Shape:
+            x_hat ``(N, C, *spatial)`` as the critic takes it; a scalar comes back.
+        """
         check_image(self.where, x_hat)
         if not torch.compiler.is_compiling():
             self.critic.replicas.note(x_hat)

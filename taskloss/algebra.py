@@ -70,7 +70,11 @@ class LossValue:
         return {prefix + name: number for name, number in self._numbers.items()}
 
     def floats_and(self, extra: Tensor) -> float:
-        """One more scalar as a plain number, in the same device sync as :meth:`floats`."""
+        """One more scalar as a plain number, in the same device sync as :meth:`floats`.
+
+        Shape:
+            A tensor of one element.
+        """
         *numbers, last = to_numbers({**self.terms, "total": self.total, "": extra}).values()
         self._numbers.update(zip([*self.terms, "total"], numbers, strict=True))
         return last
@@ -179,7 +183,11 @@ class LossSum(nn.Module):
         label: object = None,
         step: int | None = None,
     ) -> LossValue:
-        """The same computation as calling the sum, seen whole: total, terms and weights. See :meth:`forward`."""
+        """The same computation as calling the sum, seen whole: total, terms and weights. See :meth:`forward`.
+
+        Shape:
+            x_hat and reference ``(N, C, *spatial)``; total and terms are scalars.
+        """
         reference, label = self._by_kind(target, reference, label)
         weights = self.weights_at(step)
         checked = self.check_finite and isinstance(x_hat, Tensor) and readable(x_hat)
@@ -201,7 +209,11 @@ class LossSum(nn.Module):
     def computations(
         self, weights: Mapping[str, float], *, reference: Tensor | None, label: object
     ) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-        """Each term that counts as a function of x_hat alone: what maps and balancing are made of."""
+        """Each term that counts as a function of x_hat alone: what maps and balancing are made of.
+
+        Shape:
+            reference ``(N, C, *spatial)``; each function takes such an x_hat to a scalar.
+        """
         targets = {"reference": reference, "label": label}
         for name, term in self.terms.items():
             if weights[name] == 0:

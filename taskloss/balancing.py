@@ -113,6 +113,9 @@ class GradientBalancer:
             backward: In place of ``x_hat.backward(g)``: called with a scalar whose gradient at x_hat is g, for
                 instance ``fabric.backward`` or ``lambda s: scaler.scale(s).backward()``.
 
+        Shape:
+            x_hat and reference ``(N, C, *spatial)``; the terms are scalars.
+
         Returns:
             The value, detached, with the effective weights: ``total`` is the sum under the weights that were used.
 

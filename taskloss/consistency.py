@@ -105,7 +105,11 @@ class TaskConsistencyLoss(Term):
         self._cache = Remembered() if cache else None
 
     def forward(self, x_hat: Tensor, reference: Tensor) -> Tensor:
-        """The distance between what the network sees in ``x_hat`` and in ``reference``; see the class."""
+        """The distance between what the network sees in ``x_hat`` and in ``reference``; see the class.
+
+        Shape:
+            x_hat and reference ``(N, C, *spatial)``; a scalar comes back.
+        """
         check_image(self.where, x_hat)
         check_same(self.where, x_hat, reference)
         if x_hat.shape[0] == 0:

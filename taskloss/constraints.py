@@ -96,7 +96,11 @@ class WeightClipping:
         """Any network can be clipped."""
 
     def penalty(self, critic: Callable[[Tensor], Tensor], x_hat: Tensor, reference: Tensor) -> None:
-        """Nothing is added to the loss."""
+        """Nothing is added to the loss.
+
+        Shape:
+            x_hat and reference ``(N, C, *spatial)``; a scalar comes back.
+        """
         return
 
     @torch.no_grad()
@@ -143,7 +147,11 @@ class GradientPenalty:
                 )
 
     def penalty(self, critic: Callable[[Tensor], Tensor], x_hat: Tensor, reference: Tensor) -> Tensor:
-        """The unweighted penalty, a scalar."""
+        """The unweighted penalty, a scalar.
+
+        Shape:
+            x_hat and reference ``(N, C, *spatial)``; a scalar comes back.
+        """
         weights = critic.parameters() if isinstance(critic, nn.Module) else iter(())
         dtype = next((p.dtype for p in weights if p.is_floating_point()), None)
         # Validation under inference mode wants the penalty too, and it is made of a gradient.

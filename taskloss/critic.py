@@ -99,11 +99,19 @@ class WassersteinCritic(nn.Module):
         return self._scores(self.network, images)
 
     def loss(self, x_hat: Tensor, reference: Tensor) -> Tensor:
-        """The critic's loss (Eq. 1), a scalar; x_hat is detached inside."""
+        """The critic's loss (Eq. 1), a scalar; x_hat is detached inside.
+
+        Shape:
+            x_hat and reference ``(N, C, *spatial)``; a scalar comes back.
+        """
         return self.breakdown(x_hat, reference).total
 
     def breakdown(self, x_hat: Tensor, reference: Tensor) -> LossValue:
-        """The critic's loss seen whole: ``fake`` = E[D(x_hat)], ``real`` = E[D(reference)], and the penalty."""
+        """The critic's loss seen whole: ``fake`` = E[D(x_hat)], ``real`` = E[D(reference)], and the penalty.
+
+        Shape:
+            x_hat and reference ``(N, C, *spatial)``; total and terms are scalars.
+        """
         value = self._value(x_hat, reference)
         if self.check_finite and readable(x_hat):
             check_finite(
@@ -158,6 +166,9 @@ class WassersteinCritic(nn.Module):
         ``DistributedDataParallel`` around it (whose hooks a gradient penalty would break); the first step gives every
         process the first one's weights. Denoisers that drift apart, because nothing averages their gradients, get a
         warning. A ``GradScaler``'s ``backward`` must unscale the gradients too, because the optimiser steps without it.
+
+        Shape:
+            x_hat and reference ``(N, C, *spatial)``; total and terms are scalars.
         """
         if not self._weights_shared:
             share_weights_(self.network)
@@ -209,7 +220,11 @@ class WassersteinCritic(nn.Module):
 
     @torch.no_grad()
     def distance(self, x_hat: Tensor, reference: Tensor) -> Tensor:
-        """The Wasserstein estimate ``E[D(reference)] - E[D(x_hat)]``, a scalar for the log; nothing moves."""
+        """The Wasserstein estimate ``E[D(reference)] - E[D(x_hat)]``, a scalar for the log; nothing moves.
+
+        Shape:
+            x_hat and reference ``(N, C, *spatial)``; a scalar comes back.
+        """
         check_same("wasserstein_critic", x_hat, reference)
         if x_hat.shape[0] == 0:
             return zero_loss(x_hat)

@@ -79,7 +79,11 @@ class Fidelity(Term):
         self.check_range = RangeCheck(self.where, expects)
 
     def forward(self, x_hat: Tensor, reference: Tensor) -> Tensor:
-        """The criterion between ``x_hat`` and ``reference``; see the class."""
+        """The criterion between ``x_hat`` and ``reference``; see the class.
+
+        Shape:
+            x_hat and reference ``(N, C, *spatial)``; a scalar comes back.
+        """
         check_image(self.where, x_hat)
         check_same(self.where, x_hat, reference)
         if x_hat.shape[0] == 0:

@@ -128,6 +128,9 @@ class Frozen(nn.Module):
             x: Input of the network.
             layers: Paths as ``network.named_modules()`` spells them.
 
+        Shape:
+            ``x`` as the network takes it; each output as its layer gives it.
+
         Raises:
             InputError: If a layer does not exist, is never reached, or is overwritten in place after it ran.
         """
@@ -137,7 +140,11 @@ class Frozen(nn.Module):
         return dict(zip(names, outputs, strict=True))
 
     def check_input(self, where: str, image: Tensor) -> None:
-        """Refuse an input on another device or of another dtype than the network's weights."""
+        """Refuse an input on another device or of another dtype than the network's weights.
+
+        Shape:
+            ``image`` of any shape.
+        """
         weight = next((p for p in self.network.parameters() if p.is_floating_point()), None)
         if weight is None:
             return

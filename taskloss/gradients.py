@@ -76,6 +76,9 @@ class GradientMaps:
         Args:
             roi: Boolean or 0/1 mask, of x_hat's shape or with one channel or without the channel axis.
 
+        Shape:
+            roi ``(N, C, *spatial)``, ``(N, 1, *spatial)`` or ``(N, *spatial)``.
+
         Raises:
             InputError: If the mask does not fit x_hat, or is empty.
         """

@@ -121,7 +121,11 @@ class TaskOrientedLoss(Term):
         return self._models()[0]
 
     def forward(self, x_hat: Tensor, label: Any) -> Tensor:
-        """The task's loss of ``x_hat`` against ``label``; see the class."""
+        """The task's loss of ``x_hat`` against ``label``; see the class.
+
+        Shape:
+            x_hat ``(N, C, *spatial)``, the label as the criterion takes it; a scalar comes back.
+        """
         check_image(self.where, x_hat)
         if label is None:
             raise InputError(self.where, "needs a label, but label is None; call loss(x_hat, label=...)")
@@ -136,7 +140,11 @@ class TaskOrientedLoss(Term):
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
     def predict(self, x: Tensor) -> Any:
-        """What the (first) task network makes of an image, through ``preprocess`` and ``output``; no graph."""
+        """What the (first) task network makes of an image, through ``preprocess`` and ``output``; no graph.
+
+        Shape:
+            x_hat ``(N, C, *spatial)``; the prediction as the network gives it.
+        """
         with torch.no_grad():
             return self._predict(self.task_model, x)
 

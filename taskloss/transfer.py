@@ -158,6 +158,9 @@ class TransferMeter:
             label: As the metric wants it.
             group: One name per sample, such as the patient: samples that share it are resampled together.
 
+        Shape:
+            x_hat and baseline ``(N, C, *spatial)``; the metric gives ``(N,)``.
+
         Raises:
             InputError: If the two images differ in shape, or the metric does not give one finite value per sample.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -82,3 +83,22 @@ def test_the_archive_has_its_tests_and_the_wheel_only_the_library(tmp_path) -> N
 
     inside = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     assert inside == {"taskloss", f"taskloss-{taskloss.__version__}.dist-info"}
+
+
+def tells_tensors() -> list[tuple[str, object]]:
+    """Public functions and methods that take a tensor."""
+    found = []
+    for name in taskloss.__all__:
+        thing = getattr(taskloss, name)
+        members = vars(thing).items() if isinstance(thing, type) else [("", thing)]
+        for method, function in members:
+            if inspect.isfunction(function) and not method.startswith("_"):
+                hints = (str(p.annotation) for p in inspect.signature(function).parameters.values())
+                if any("Tensor" in hint for hint in hints):
+                    found.append((f"{name}.{method}".rstrip("."), function))
+    return found
+
+
+@pytest.mark.parametrize(("name", "function"), tells_tensors(), ids=lambda x: x if isinstance(x, str) else "")
+def test_whoever_takes_a_tensor_tells_its_shape(name, function) -> None:
+    assert "Shape:" in (inspect.getdoc(function) or ""), name
