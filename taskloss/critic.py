@@ -95,7 +95,11 @@ class WassersteinCritic(nn.Module):
         self.replicas = ReplicaCheck()
 
     def forward(self, images: Tensor) -> Tensor:
-        """One score per sample, ``(N,)``, in float32 or wider."""
+        """One score per sample, ``(N,)``, in float32 or wider.
+
+        Shape:
+            images ``(N, C, *spatial)``; the scores ``(N,)``.
+        """
         return self._scores(self.network, images)
 
     def loss(self, x_hat: Tensor, reference: Tensor) -> Tensor:
@@ -236,6 +240,9 @@ class WassersteinCritic(nn.Module):
 
         Parameters are detached and buffers are copies: a gradient reaches the images, while none reaches the
         critic, no batch statistic moves and no flag is touched.
+
+        Shape:
+            images ``(N, C, *spatial)``; the scores ``(N,)``.
         """
         still = {name: parameter.detach() for name, parameter in self.network.named_parameters()}
         still.update((name, buffer.clone()) for name, buffer in self.network.named_buffers())
