@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from taskloss.arguments import arguments
 from taskloss.checks import check_image
 from taskloss.frozen import Frozen
 from taskloss.reach import reaches
@@ -74,7 +75,9 @@ def audit_task_model(
         return tuple(_findings(network, example.detach(), output))
 
 
-def who_blocks(x_hat: Tensor, preprocess: Callable[[Any], Any] | None, *network_and_label: Any) -> str | None:
+def who_blocks(
+    x_hat: Tensor, preprocess: Callable[[Any], Any] | None, network: nn.Module | None = None, *own: Any, **more: Any
+) -> str | None:
     """The part of a term that stops the gradient on its way to x_hat, or None if it comes after the network.
 
     It never fails itself: what goes wrong while it looks is no news to the caller.
@@ -84,17 +87,17 @@ def who_blocks(x_hat: Tensor, preprocess: Callable[[Any], Any] | None, *network_
         seen = image.clone() if preprocess is None else preprocess(image)
         if not any(reaches(t, image) for t in _tensors(seen)):
             return "preprocess"
-        if network_and_label:
-            network, *label = network_and_label
-            name = find_blocker(network, seen, *label)
+        if network is not None:
+            positional, named = arguments(seen, more)
+            name = find_blocker(network, *positional, *own, **named)
             return None if name is None else repr(name)
     return None
 
 
-def find_blocker(network: nn.Module, *inputs: Any) -> str | None:
+def find_blocker(network: nn.Module, *inputs: Any, **named: Any) -> str | None:
     """The innermost module that takes a gradient in and gives none out; None if there is none."""
     suspects: list[str] = []
-    image = next(t for t in _tensors(inputs) if t.is_floating_point()).detach().clone().requires_grad_()
+    image = next(t for t in _tensors([inputs, named]) if t.is_floating_point()).detach().clone().requires_grad_()
 
     def after(name: str, module: nn.Module, inputs: Any, result: Any) -> None:
         takes = any(reaches(t, image) for t in _tensors(inputs))
@@ -104,9 +107,9 @@ def find_blocker(network: nn.Module, *inputs: Any) -> str | None:
             suspects.append(name)
 
     first = [image.clone()]
-    inputs = map_tensors(inputs, lambda t: first.pop() if first and t.is_floating_point() else t)
+    inputs, named = map_tensors((inputs, named), lambda t: first.pop() if first and t.is_floating_point() else t)
     with _watching(network, after=after), torch.enable_grad():
-        result = network(*inputs)
+        result = network(*inputs, **named)
     after("", network, inputs, result)  # once more, for a network that takes no hooks
     return _spell(network, suspects[0]) if suspects else None
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from taskloss.algebra import Term, to_scalar, zero_loss
+from taskloss.arguments import arguments, images_in
 from taskloss.audit import who_blocks
 from taskloss.checks import check_callable, check_image, check_same
+from taskloss.diagnosis import told
 from taskloss.features import check_layers
 from taskloss.frozen import Frozen, freeze, hold
 from taskloss.memory import Remembered
@@ -36,6 +38,7 @@ class TaskConsistencyLoss(Term):
             output. The network stops after the last layer it needs.
         preprocess: Differentiable map from the restorer's units to the network's, applied to both images; where it
             is random, both see the same draw. A module augments as it came while the loss is in training mode.
+            A tuple that it returns is the network's positional arguments, a dict its keyword arguments.
         output: Picks the tensor out of what the network (or a layer) returns.
         copy: Keep a deep copy of the network (default); False freezes the caller's own in place.
         checkpoint: Recompute the activations of x_hat's branch in the backward pass instead of storing them.
@@ -144,14 +147,20 @@ class TaskConsistencyLoss(Term):
         return target
 
     def _see(self, image: Any, check: bool = False) -> dict[str, Any]:
-        if isinstance(image, Tensor) and not torch.compiler.is_compiling():
-            self.task_model.check_input(self.where, image)
+        if not torch.compiler.is_compiling():
+            images = images_in(image)
+            for tensor in images:
+                self.task_model.check_input(self.where, tensor)
             if check and not self.check_range.settled:
-                self.check_range(self.where, image)
-        if self.layers is None:
-            features = {"": self.task_model(image)}
-        else:
-            features = self.task_model.features(image, list(self.layers))
+                self.check_range(self.where, *images)
+        positional, named = arguments(image)
+
+        def run() -> dict[str, Any]:
+            if self.layers is None:
+                return {"": self.task_model(*positional, **named)}
+            return self.task_model.features(image, list(self.layers))
+
+        features: dict[str, Any] = told(self.where, self.task_model.network, image, run)
         if self.output is not None:
             features = {name: self.output(value) for name, value in features.items()}
         return features

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from taskloss.algebra import LossValue, check_finite, zero_loss
 from taskloss.checks import InputError, check_callable, check_image, check_same, readable, shape
 from taskloss.constraints import Constraint, WeightClipping
-from taskloss.diagnosis import explains_double_backward, refusal
+from taskloss.diagnosis import explains_double_backward, told
 from taskloss.distributed import ReplicaCheck, average_gradients_, n_processes, share_weights_
 from taskloss.finite import greatest, not_finite
 from taskloss.precision import full_precision, no_autocast
@@ -266,7 +266,9 @@ class WassersteinCritic(nn.Module):
                 f"built for patches of {self.patch_size}, got images {shape(images)}; {mend}",
             )
         images = lent(images)
-        scores = network(images) if torch.compiler.is_compiling() else self._run(network, images)
+        scores = told(
+            "wasserstein_critic", self.network, images, lambda: network(images), who="the critic", owner="critic"
+        )
         if scores.dim() == 0 or scores.shape[0] != images.shape[0]:
             raise InputError(
                 "wasserstein_critic",
@@ -276,15 +278,6 @@ class WassersteinCritic(nn.Module):
         with no_autocast(images.device):
             rows: Tensor = full_precision(scores).flatten(1).mean(1) if scores.dim() > 1 else full_precision(scores)
         return rows
-
-    def _run(self, network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        try:
-            return network(images)
-        except (RuntimeError, ValueError) as error:
-            sentence = refusal(error, self.network, images, who="the critic", owner="critic")
-            if sentence is None:
-                raise
-            raise InputError("wasserstein_critic", sentence) from error
 
 
 def paper_critic(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from taskloss.checks import shape
+from taskloss.arguments import images_in
+from taskloss.checks import InputError, shape
 
 _CONVS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+_ABOUT_SHAPE = re.compile(r"channel|shape|size|dim|input|elements|match|mat1", re.IGNORECASE)
 _TWICE = re.compile(r"double.?backward|differentiate twice|derivative for \S+ is not implemented", re.IGNORECASE)
 
 
@@ -35,14 +38,51 @@ def refusal(error: Exception, network: nn.Module, image: Tensor, *, who: str, ow
         return f"the images are on {image.device} but {who} is on {weight.device}; call {owner}.to('{image.device}')"
     if weight is not None and weight.dtype != image.dtype and image.is_floating_point() and "type" in str(error):
         return f"the images are {image.dtype} but {who} is {weight.dtype}; call {owner}.to({image.dtype})"
-    return _unlike_first_layer(network, image, who)
+    return _unlike_first_layer(network, image, who) if _ABOUT_SHAPE.search(str(error)) else None
+
+
+def told(
+    where: str,
+    network: nn.Module,
+    image: Any,
+    run: Callable[[], Any],
+    *,
+    who: str = "the task network",
+    owner: str = "loss",
+) -> Any:
+    """Run, and tell the network's own complaint about its input in terms of x_hat.
+
+    Raises:
+        InputError: In place of the network's error, where the input is at fault.
+    """
+    if torch.compiler.is_compiling():
+        return run()
+    try:
+        return run()
+    except InputError:
+        raise
+    except (RuntimeError, ValueError, IndexError) as error:
+        found = images_in(image)
+        sentence = refusal(error, network, found[0], who=who, owner=owner) if found else None
+        if sentence is None:
+            raise
+        raise InputError(where, sentence) from error
+
+
+def refusal_of_prediction(network: nn.Module, image: Tensor, prediction: object) -> str | None:
+    """One sentence for an error that the criterion raised, where image and prediction both lack the batch axis."""
+    if not isinstance(prediction, Tensor) or prediction.dim() != image.dim():
+        return None
+    first = _first_convolution(network)
+    unbatched = first is not None and image.dim() == first[2] + 1
+    return _unlike_first_layer(network, image, "the task network") if unbatched else None
 
 
 def _unlike_first_layer(network: nn.Module, image: Tensor, who: str) -> str | None:
-    first: Any = next((m for m in network.modules() if isinstance(m, tuple(_CONVS))), None)
-    if first is None:
+    found = _first_convolution(network)
+    if found is None:
         return None
-    kind, axes = next((kind, n) for kind, n in _CONVS.items() if isinstance(first, kind))
+    first, kind, axes = found
     got = f"x_hat {shape(image)} has {image.dim()} axes"
     takes = f"the first layer of {who} is a {kind.__name__}, which takes {axes + 2}"
     if image.dim() == axes + 1:
@@ -54,6 +94,14 @@ def _unlike_first_layer(network: nn.Module, image: Tensor, who: str) -> str | No
         return None
     expand = f"lambda x: x.expand(-1, {want}, {', '.join(['-1'] * axes)})" if have == 1 else "a map to those channels"
     return f"x_hat {shape(image)} has {have} channels but {who} takes {want}; pass preprocess={expand}"
+
+
+def _first_convolution(network: nn.Module) -> tuple[Any, type[nn.Module], int] | None:
+    for module in network.modules():
+        for kind, axes in _CONVS.items():
+            if isinstance(module, kind):
+                return module, kind, axes
+    return None
 
 
 def explains_double_backward(error: RuntimeError) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from taskloss.arguments import arguments
 from taskloss.checks import InputError, nearest
 from taskloss.trees import map_tensors, tensors_in
 
@@ -41,7 +42,8 @@ def capture(network: nn.Module, x: Any, layers: Sequence[str]) -> tuple[Any, ...
         handles = [network.get_submodule(name).register_forward_hook(keep(name)) for name in layers]
     try:
         with contextlib.suppress(_AllReached):
-            network(x)
+            positional, named = arguments(x)
+            network(*positional, **named)
     finally:
         with _registering():
             for handle in handles:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from taskloss import lean as _lean
+from taskloss.arguments import label_name
 from taskloss.checks import InputError
 from taskloss.features import capture
 from taskloss.holdings import (
@@ -45,7 +47,8 @@ class Frozen(nn.Module):
         copy: Keep a deep copy (default). With ``False`` the caller's own network is frozen in place, which saves
             its memory; every call then checks that nobody has switched it back.
         checkpoint: Recompute activations in the backward pass instead of storing them.
-        computes_loss: The network computes its own loss, which it does in training mode only (torchvision's
+        computes_loss: The network computes its own loss. It stays in eval mode where it does so there (all of
+            Hugging Face transformers). :meth:`wake_` is for those that do it in training mode only (torchvision's
             detectors): modules that only hold others are put in training mode, while layers (normalisation, dropout,
             attention, whether or not they have children) stay in eval, so that batch statistics are neither used nor
             moved.
@@ -97,7 +100,7 @@ class Frozen(nn.Module):
             parameter.requires_grad_(False)
             parameter.grad = None
         for _, module in modules:
-            module.training = computes_loss and not _is_layer(module)
+            module.training = False
         # A list is invisible to nn.Module's registry; that is the whole trick.
         self._hidden = [network]
         registered = set(network.modules())
@@ -108,6 +111,8 @@ class Frozen(nn.Module):
         self._shared = not copy
         self.checkpoint = checkpoint
         self.computes_loss = computes_loss
+        self.label_name = label_name(network) if computes_loss else None
+        self.is_awake: bool | None = False if not computes_loss else None  # None: nobody has looked yet
         self.lean = lean
         self.made_lean: dict[str, int] = {}  # in the last run, how many calls of which functions
 
@@ -116,16 +121,34 @@ class Frozen(nn.Module):
         """The frozen network itself, for reading."""
         return self._hidden[0]
 
-    def forward(self, *inputs: Any) -> Any:
-        """Run the network; gradients reach ``inputs`` and nothing else."""
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Run the network; gradients reach its inputs and nothing else."""
         self._check_untouched()
-        return self._run(self.network, *inputs)
+        return self._run(self.network, *inputs, **named)
 
-    def features(self, x: Tensor, layers: Sequence[str]) -> dict[str, Any]:
+    def wake_(self, awake: bool) -> None:
+        """Put the modules that only hold others in training mode, or all in eval; layers stay in eval."""
+        for _, module in modules_of(self.network):
+            module.training = awake and not _is_layer(module)
+        self.is_awake = awake
+
+    @contextlib.contextmanager
+    def asleep(self) -> Iterator[None]:
+        """All in eval for a while."""
+        before = self.is_awake
+        if before:
+            self.wake_(False)
+        try:
+            yield
+        finally:
+            if before:
+                self.wake_(True)
+
+    def features(self, x: Any, layers: Sequence[str]) -> dict[str, Any]:
         """The outputs of the named layers, at their first call; the network stops once it has them all.
 
         Args:
-            x: Input of the network.
+            x: Input of the network; a tuple is its positional arguments, a dict its keyword arguments.
             layers: Paths as ``network.named_modules()`` spells them.
 
         Shape:
@@ -183,32 +206,32 @@ class Frozen(nn.Module):
         words = f"{type(self.network).__name__}, {count:,} parameters, checkpoint={self.checkpoint}"
         return f"{words}, lean={self.lean}{made}"
 
-    def _run(self, function: Callable[..., Any], *inputs: Any) -> Any:
+    def _run(self, function: Callable[..., Any], /, *inputs: Any, **named: Any) -> Any:
         if self.lean and _lean.is_possible():
             function = partial(self._run_lean, function)
         if self.checkpoint and torch.is_grad_enabled():
             from torch.utils.checkpoint import checkpoint  # it brings sympy along
 
-            return checkpoint(self._once, function, *inputs, use_reentrant=False)
-        return self._once(function, *inputs)
+            return checkpoint(partial(self._once, function, **named), *inputs, use_reentrant=False)
+        return self._once(function, *inputs, **named)
 
-    def _run_lean(self, function: Callable[..., Any], *inputs: Any) -> Any:
+    def _run_lean(self, function: Callable[..., Any], /, *inputs: Any, **named: Any) -> Any:
         with _lean.Lean() as mode:
-            outputs = function(*inputs)
+            outputs = function(*inputs, **named)
         self.made_lean = dict(mode.made)
         return outputs
 
-    def _once(self, function: Callable[..., Any], *inputs: Any) -> Any:
+    def _once(self, function: Callable[..., Any], /, *inputs: Any, **named: Any) -> Any:
         """Run, and put back what the network keeps of the run in plain attributes, if it is one that does."""
         if torch.compiler.is_compiling():
-            return function(*inputs)
-        graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_in(inputs))
+            return function(*inputs, **named)
+        graph = torch.is_grad_enabled() and any(t.requires_grad for t in tensors_in([inputs, named]))
         suspects = self._keepers.get(graph)
         if suspects is None:
             suspects = [module for _, module in modules_of(self.network)]
         before = [(module, tensor_slots(module)) for module in suspects]
         try:
-            return function(*inputs)
+            return function(*inputs, **named)
         finally:
             changed = [module for module, slots in before if put_back(module, slots)]
             self._keepers.setdefault(graph, changed)
@@ -217,7 +240,7 @@ class Frozen(nn.Module):
         if not self._shared or torch.compiler.is_compiling():
             return
         for name, module in (*self.network.named_modules(), *self._unregistered):
-            if module.training and not (self.computes_loss and not _is_layer(module)):
+            if module.training and not (self.is_awake and not _is_layer(module)):
                 raise InputError(
                     "frozen",
                     f"the shared network's {name or 'root'!r} was switched to training mode; "

@@ -44,8 +44,8 @@ class Labels:
         self.where = where
         self.n = x_hat.shape[0]
         self._spatial = x_hat.shape[2:]
-        self._device = x_hat.device
-        self._check_length(label)
+        self.device = x_hat.device
+        self._check_length(label, x_hat)
         self._tree = self._read(label, top=True)
         self.kept = self._find(missing)
 
@@ -59,6 +59,10 @@ class Labels:
             prediction: What the network made of the images, if it has run.
         """
         return self._settle(select(self._tree, self.kept, self.n), prediction)
+
+    def beside(self, more: Any) -> Any:
+        """What goes beside the images of the kept samples: tensors and lists as long as the batch, cut to them."""
+        return self._settle(select(self._read(more), self.kept, self.n), None)
 
     def _read(self, label: Any, top: bool = False) -> Any:
         """The same nest with its lists of entries marked."""
@@ -86,18 +90,24 @@ class Labels:
             return part.dim() > 0 and part.shape[0] == self.n and part.shape != self._spatial
         return isinstance(part, list) and len(part) == self.n
 
-    def _check_length(self, label: Any) -> None:
+    def _check_length(self, label: Any, x_hat: Tensor) -> None:
         if isinstance(label, Tensor):
+            if self.n in (1, 3) and label.dim() > 1 and label.shape == x_hat.shape[1:] and len(label) != self.n:
+                raise InputError(
+                    self.where,
+                    f"x_hat {shape(x_hat)} and label {shape(label)} have no batch axis; "
+                    "call loss(x_hat[None], label[None])",
+                )
             if label.dim() == 0 or label.shape[0] != self.n:
                 raise InputError(
                     self.where,
                     f"x_hat holds {self.n} samples but label has shape {shape(label)}; "
                     "its first axis must be the batch",
                 )
-            if label.device != self._device:
+            if label.device != self.device:
                 raise InputError(
                     self.where,
-                    f"x_hat is on {self._device} but label is on {label.device}; call label.to('{self._device}')",
+                    f"x_hat is on {self.device} but label is on {label.device}; call label.to('{self.device}')",
                 )
         if isinstance(label, list) and len(label) != self.n:
             raise InputError(self.where, f"x_hat holds {self.n} samples but label has {len(label)} entries")
@@ -141,11 +151,11 @@ class Labels:
         if isinstance(part, Tensor):
             if missing is None or part.numel() == 0:
                 return [False] * self.n
-            return _filled(part, missing).reshape(self.n, -1).all(1).to(self._device)
+            return _filled(part, missing).reshape(self.n, -1).all(1).to(self.device)
         flags = [self._lacks_one(entry, missing) for entry in part.items]
         if not any(isinstance(flag, Tensor) for flag in flags):
             return [bool(flag) for flag in flags]
-        return torch.stack([torch.as_tensor(flag, device=self._device) for flag in flags])
+        return torch.stack([torch.as_tensor(flag, device=self.device) for flag in flags])
 
     def _lacks_one(self, entry: Any, missing: float | None) -> Tensor | bool:
         if entry is None or missing is None:
@@ -159,7 +169,7 @@ class Labels:
         if isinstance(tree, Entries):
             items = tree.items
             if items and all(self._lies_on_image(item, prediction) for item in items):
-                tensors = [i if isinstance(i, Tensor) else torch.tensor(i, device=self._device) for i in items]
+                tensors = [i if isinstance(i, Tensor) else torch.tensor(i, device=self.device) for i in items]
                 if all(t.shape == tensors[0].shape for t in tensors):
                     return torch.stack(tensors)
             return items

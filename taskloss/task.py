@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from taskloss.algebra import Term, to_scalar, zero_loss
+from taskloss.arguments import arguments, images_in, split
 from taskloss.audit import who_blocks
 from taskloss.checks import InputError, check_callable, check_image
+from taskloss.diagnosis import refusal_of_prediction, told
 from taskloss.frozen import Frozen, freeze, hold
 from taskloss.labels import Labels, select
 from taskloss.precision import full_precision, no_autocast
@@ -37,12 +40,18 @@ class TaskOrientedLoss(Term):
     Args:
         task_model: The network T, or several of them: their losses are averaged, or take turns.
         task_criterion: ``criterion(prediction, label)``, a scalar or one value per sample. None if the network
-            computes its own loss as ``T(x_hat, label)``, which torchvision's detectors do in training mode only:
-            then its containers run in training mode, its normalisation and dropout layers stay in eval (a dropout
-            called as a function inside a container does not: look for it with :func:`audit_task_model`).
-        preprocess: Differentiable map from the restorer's units to T's (HU window, scale, channels, size); a module
-            augments as it came while the loss is in training mode, and rests in eval mode.
+            computes its own loss: it gets the label by the name ``labels``, ``label``, ``targets`` or ``target`` if
+            it has such a parameter, and as its last argument otherwise. It stays in eval mode, unless its first call
+            shows that it gives no loss there, as torchvision's detectors: then its containers run in training mode,
+            its normalisation and dropout layers stay in eval (a dropout called as a function inside a container does
+            not: look for it with :func:`audit_task_model`).
+        preprocess: Differentiable map from the restorer's units to T's (HU window, scale, channels, size). A tuple
+            that it returns is T's positional arguments, a dict its keyword arguments. A module augments as it came
+            while the loss is in training mode, and rests in eval mode.
         output: Picks the prediction out of what T returns (dict, tuple, deep supervision).
+        inputs: Names of what T takes beside the image and is different for each sample (a prompt, a timestep,
+            metadata). The label then is a dict that holds them too; T gets them by keyword, and the criterion gets
+            what is left: one entry as it is, several as a dict.
         copy: Keep a deep copy of T (default); False freezes the caller's own network in place.
         checkpoint: Recompute T's activations in the backward pass instead of storing them.
         lean: Keep only what the gradient at x_hat needs (default; see :class:`Frozen`).
@@ -85,6 +94,7 @@ class TaskOrientedLoss(Term):
         *,
         preprocess: Callable[[Tensor], Any] | None = None,
         output: Callable[[Any], Any] | None = None,
+        inputs: Sequence[str] = (),
         copy: bool = True,
         checkpoint: bool = False,
         lean: bool = True,
@@ -113,6 +123,7 @@ class TaskOrientedLoss(Term):
         self.output = hold(output)
         self.turns = Turns(len(models)) if ensemble == "turns" else None
         self.missing = missing
+        self.inputs = (inputs,) if isinstance(inputs, str) else tuple(inputs)
         self.check_range = RangeCheck(self.where, expects)
 
     @property
@@ -129,61 +140,151 @@ class TaskOrientedLoss(Term):
         check_image(self.where, x_hat)
         if label is None:
             raise InputError(self.where, "needs a label, but label is None; call loss(x_hat, label=...)")
+        label, more = split(self.where, label, self.inputs)
         labels = Labels(self.where, label, x_hat, self.missing)
-        x_hat = select(x_hat, labels.kept, x_hat.shape[0])
+        x_hat = select(x_hat, labels.kept, labels.n)
         if x_hat.shape[0] == 0:
             return zero_loss(x_hat)
+        more = labels.beside(more)
         models = self._models()
         if self.turns is not None:
             models = [models[self.turns.next(self.training and torch.is_grad_enabled())]]
-        losses = [self._loss(model, x_hat, labels) for model in models]
+        losses = [self._loss(model, x_hat, labels, more) for model in models]
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
-    def predict(self, x: Tensor) -> Any:
+    def predict(self, x: Tensor, inputs: Mapping[str, Any] | None = None) -> Any:
         """What the (first) task network makes of an image, through ``preprocess`` and ``output``; no graph.
 
+        A network that computes its own loss is asked without a label and in eval mode, and what it returns comes as
+        it is: a detector's boxes, for instance, which ``output`` would take for losses.
+
+        Args:
+            x: A batch of images.
+            inputs: What T takes beside them, by name.
+
         Shape:
-            x_hat ``(N, C, *spatial)``; the prediction as the network gives it.
+            x ``(N, C, *spatial)``; the prediction as the network gives it.
+
+        Raises:
+            InputError: If a network that computes its own loss gives nothing without a label.
         """
+        model = self.task_model
         with torch.no_grad():
-            return self._predict(self.task_model, x)
+            image = self._image(model, x)
+            positional, named = arguments(image, inputs)
+            if self.task_criterion is not None:
+                prediction = model(*positional, **named)
+                return prediction if self.output is None else self.output(prediction)
+            with model.asleep():
+                try:
+                    return model(*positional, **named)
+                except TypeError as error:
+                    if "argument" not in str(error):
+                        raise
+                    raise InputError(
+                        self.where, f"T cannot predict without a label: {error}; give its forward a default for it"
+                    ) from error
 
     def _models(self) -> list[Frozen]:
         return [model for model in self.task_models if isinstance(model, Frozen)]
 
-    def _predict(self, model: Frozen, x_hat: Tensor, *label: Any) -> Any:
+    def _image(self, model: Frozen, x_hat: Tensor) -> Any:
+        """x_hat in T's units, checked."""
         image = lent(x_hat) if self.preprocess is None else self.preprocess(x_hat)
         if not torch.compiler.is_compiling():
-            tensors = [t for t in (image if isinstance(image, (list, tuple)) else [image]) if isinstance(t, Tensor)]
+            tensors = images_in(image)
             for tensor in tensors:
                 model.check_input(self.where, tensor)
             if not self.check_range.settled:
                 self.check_range(self.where, *tensors)
-        prediction = model(image, *label)
-        return prediction if self.output is None else self.output(prediction)
+        return image
 
-    def _loss(self, model: Frozen, x_hat: Tensor, labels: Labels) -> Tensor:
-        own = (lent(labels.of_the_kept()),) if self.task_criterion is None else ()
-        prediction = self._predict(model, x_hat, *own)
+    def _loss(self, model: Frozen, x_hat: Tensor, labels: Labels, more: Mapping[str, Any]) -> Tensor:
+        # What preprocess made for the whole batch (a prompt per sample) is cut to the samples that have a label.
+        image = select(self._image(model, x_hat), labels.kept, labels.n)
+        own: tuple[Any, ...] = ()
+        if self.task_criterion is None:
+            label = lent(labels.of_the_kept())
+            own, more = ((label,), more) if model.label_name is None else ((), {**more, model.label_name: label})
+        positional, named = arguments(image, more)
+        if self.task_criterion is None:
+            value = self._own_loss(model, (*positional, *own), named, x_hat)
+        else:
+            prediction = told(self.where, model.network, image, lambda: model(*positional, **named))
+            prediction = prediction if self.output is None else self.output(prediction)
+            value = self._compared(model, image, prediction, labels)
         with no_autocast(x_hat.device):
-            prediction = full_precision(prediction)
-            if self.task_criterion is None:
-                value = prediction
-            else:
-                label = labels.of_the_kept(prediction)
-                label = label if only_reads(self.task_criterion) else lent(label)
-                value = self.task_criterion(prediction, full_precision(label))
-            value = to_scalar(self.where, value, x_hat.shape[0])
+            value = to_scalar(self.where, full_precision(value), x_hat.shape[0])
 
         def blame() -> str:
-            return who_blocks(x_hat, self.preprocess, model.network, *own) or "the output function or the criterion"
+            culprit = who_blocks(x_hat, self.preprocess, model.network, *own, **more)
+            return culprit or "the output function or the criterion"
 
         return self._reach(self.where, value, x_hat, blame)
+
+    def _own_loss(self, model: Frozen, positional: tuple[Any, ...], named: dict[str, Any], x_hat: Tensor) -> Any:
+        image = positional[0] if positional else named
+
+        def run() -> Any:
+            answer = told(self.where, model.network, image, lambda: model(*positional, **named))
+            return answer if self.output is None else self.output(answer)
+
+        value = run() if model.is_awake is not None or torch.compiler.is_compiling() else first_loss(model, run, x_hat)
+        if not isinstance(value, Tensor):
+            what = type(value).__name__
+            raise InputError(
+                self.where, f"T returned a {what}, not its loss; pick that with output=lambda answer: answer.loss"
+            )
+        return value
+
+    def _compared(self, model: Frozen, image: Any, prediction: Any, labels: Labels) -> Any:
+        criterion: Any = self.task_criterion
+        with no_autocast(labels.device):
+            prediction = full_precision(prediction)
+            label = labels.of_the_kept(prediction)
+            label = full_precision(label if only_reads(self.task_criterion) else lent(label))
+            if torch.compiler.is_compiling() or not isinstance(image, Tensor):
+                return criterion(prediction, label)
+            try:
+                return criterion(prediction, label)
+            except (RuntimeError, ValueError, IndexError) as error:
+                sentence = refusal_of_prediction(model.network, image, prediction)
+                if sentence is None:
+                    raise
+                raise InputError(self.where, sentence) from error
 
 
 def _networks(given: object) -> list[Any]:
     one = isinstance(given, (str, nn.Module)) and not isinstance(given, nn.ModuleList)  # a Sequential is one network
     return list(given) if isinstance(given, Iterable) and not one else [given]
+
+
+def first_loss(model: Frozen, run: Callable[[], Any], x_hat: Tensor) -> Any:
+    """A network's own loss at its first call, which decides for good in which mode it computes one."""
+    devices = [x_hat.device] if x_hat.is_cuda else []
+    model.wake_(False)
+    asleep: Any = None
+    with torch.random.fork_rng(devices=devices), contextlib.suppress(Exception):
+        asleep = run()
+    n = x_hat.shape[0]
+    is_loss = isinstance(asleep, Tensor) and asleep.is_floating_point() and asleep.numel() == 1
+    trains = x_hat.requires_grad and torch.is_grad_enabled()
+    if is_loss and (n > 1 or not asleep.dim()) and (asleep.requires_grad or not trains):
+        return asleep
+    model.wake_(True)
+    try:
+        awake = run()
+    except Exception:
+        model.wake_(False)
+        model.is_awake = None
+        raise
+    if isinstance(asleep, Tensor) and isinstance(awake, Tensor) and asleep.shape == awake.shape == (n,):
+        model.wake_(False)  # one loss per sample, in either mode
+        return asleep
+    if not isinstance(awake, Tensor) or awake.numel() not in (1, n):
+        model.wake_(False)
+        model.is_awake = None
+    return awake
 
 
 class Turns(nn.Module):

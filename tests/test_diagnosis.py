@@ -93,6 +93,41 @@ def flat_critic(**kwargs) -> WassersteinCritic:
 
 
 IMAGES = {
+    "one channel for three": (
+        lambda x: TaskOrientedLoss(rgb_net(), cross_entropy)(x, labels(x)),
+        r"^task_oriented_loss: x_hat \(2, 1, 6, 6\) has 1 channels but the task network takes 3; "
+        r"pass preprocess=lambda x: x.expand\(-1, 3, -1, -1\)$",
+    ),
+    "two channels for three": (
+        lambda x: TaskOrientedLoss(rgb_net(), cross_entropy)(x.expand(-1, 2, -1, -1), labels(x)),
+        r"x_hat \(2, 2, 6, 6\) has 2 channels but the task network takes 3; pass preprocess=",
+    ),
+    "one channel for three in a volume": (
+        lambda x: TaskOrientedLoss(nn.Conv3d(3, 2, 1), cross_entropy)(x[..., None], labels(x)[..., None]),
+        r"pass preprocess=lambda x: x.expand\(-1, 3, -1, -1, -1\)",
+    ),
+    "channels of a feature net": (
+        lambda x: TaskConsistencyLoss(rgb_net(), nn.MSELoss(), layers=["0"])(x, x),
+        r"^task_consistency_loss: x_hat \(2, 1, 6, 6\) has 1 channels but the task network takes 3; pass preprocess=",
+    ),
+    "unbatched image and label": (
+        lambda x: TaskOrientedLoss(segmenter(), cross_entropy)(x[0], labels(x)[0]),
+        r"^task_oriented_loss: x_hat \(1, 6, 6\) and label \(6, 6\) have no batch axis; "
+        r"call loss\(x_hat\[None\], label\[None\]\)",
+    ),
+    "unbatched image": (
+        lambda x: TaskOrientedLoss(segmenter(), cross_entropy)(x[0], labels(x)[:1]),
+        r"^task_oriented_loss: x_hat \(1, 6, 6\) has 3 axes but the first layer of the task network is a Conv2d, "
+        r"which takes 4; add the batch axis with x_hat\[None\]",
+    ),
+    "unbatched image without norms": (
+        lambda x: TaskOrientedLoss(nn.Conv2d(1, 2, 1), cross_entropy)(x[0], labels(x)[:1]),
+        r"x_hat \(1, 6, 6\) has 3 axes .* add the batch axis with x_hat\[None\]",
+    ),
+    "image for a volume network": (
+        lambda x: TaskOrientedLoss(segmenter(3), cross_entropy)(x[0], labels(x)[:1]),
+        "has 3 axes but the first layer of the task network is a Conv3d, which takes 5; give it such images with",
+    ),
     "unbatched image for a critic": (
         lambda x: flat_critic().loss(x[0], x[0]),
         r"^wasserstein_critic: x_hat \(1, 6, 6\) has 3 axes but the first layer of the critic is a Conv2d, "

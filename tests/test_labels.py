@@ -91,12 +91,13 @@ def test_a_sample_with_one_kind_of_label_and_without_another_is_refused() -> Non
             loss(X, label)
 
 
-def test_all_present_costs_no_copy_of_the_label() -> None:
+def test_a_label_that_is_whole_reaches_the_criterion_as_it_came() -> None:
     seen = []
     loss = TaskOrientedLoss(segmenter(), lambda p, t: seen.append(t) or cross_entropy(p, t["mask"]), missing=-1)
     label = {"mask": Y, "name": "liver", "class_weight": torch.ones(2)}
     loss(X, label)
-    assert seen[0]["mask"] is Y and seen[0]["name"] == "liver"
+    assert type(seen[0]) is dict and list(seen[0]) == list(label)
+    assert torch.equal(seen[0]["mask"], Y) and seen[0]["name"] == "liver" and len(seen[0]["class_weight"]) == 2
 
 
 def test_what_belongs_to_the_whole_batch_is_passed_on() -> None:
@@ -111,7 +112,7 @@ def test_an_image_without_boxes_has_a_label() -> None:
     loss = TaskOrientedLoss(segmenter(), lambda p, t: seen.append(t) or p.mean(), missing=-1)
     boxes = [{"boxes": torch.zeros(0, 4)}, {"boxes": torch.ones(2, 4)}, None]
     loss(X, boxes)
-    assert seen[0] == boxes[:2]
+    assert [entry["boxes"].shape for entry in seen[0]] == [(0, 4), (2, 4)]
 
 
 LISTS = {

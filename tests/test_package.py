@@ -14,7 +14,8 @@ import taskloss
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"checks", "trees", "distributed", "finite", "lean_layers", "page", "randomness", "signals", "_version"},
-    {"precision", "holdings", "features", "lean", "diagnosis", "labels", "memory", "ranges", "reach"},
+    {"precision", "holdings", "lean", "arguments", "labels", "memory", "ranges", "reach"},
+    {"features", "diagnosis"},
     {"frozen", "algebra"},
     {"audit", "preprocess", "transfer"},
     {"task", "consistency", "fidelity", "constraints"},
