@@ -112,9 +112,11 @@ class Frozen(nn.Module):
         self.checkpoint = checkpoint
         self.computes_loss = computes_loss
         self.label_name = label_name(network) if computes_loss else None
-        self.is_awake: bool | None = False if not computes_loss else None  # None: nobody has looked yet
+        self.is_awake: bool | None = None if computes_loss else False  # None: nobody has looked yet
         self.lean = lean
         self.made_lean: dict[str, int] = {}  # in the last run, how many calls of which functions
+        if computes_loss and _is_detector(network):
+            self.wake_(True)
 
     @property
     def network(self) -> nn.Module:
@@ -301,6 +303,13 @@ def _check_has_values(network: nn.Module) -> None:
                 f"{name!r} of the network has no values (it was built on the meta device, or is lazy); "
                 "build it outside of torch.device('meta') and load its weights first",
             )
+
+
+def _is_detector(network: nn.Module) -> bool:
+    """Whether a network is one of torchvision's detectors, or holds one: they give their loss in training mode only."""
+    kinds = {kind for module in network.modules() for kind in type(module).__mro__}
+    heads = ("GeneralizedRCNN", "RetinaNet", "FCOS", "SSD")
+    return any(k.__name__ in heads and k.__module__.startswith("torchvision.models.detection") for k in kinds)
 
 
 def _is_layer(module: nn.Module) -> bool:
