@@ -150,6 +150,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=400)
     args = parser.parse_args(arguments)
+    if args.seeds < 2 or args.steps < 1:
+        parser.error(
+            f"expected --seeds from 2 on (for an interval) and --steps from 1 on, got {args.seeds} and {args.steps}"
+        )
     runs = [one_seed(seed, args.steps) for seed in range(args.seeds)]
     print(f"PSNR in dB, accuracies in percent; mean and 95 % interval over {args.seeds} seeds\n")
     print(table(runs))

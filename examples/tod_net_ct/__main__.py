@@ -5,19 +5,21 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .dose import degradation as degrade
 from .evaluation import evaluate, pairs
 from .inference import denoise
+from .networks import TASK_NETWORKS
 from .report import card, report
 from .run import PRESETS, Settings, from_yaml, occupy
 from .scans import prepare
 from .study import calibration as calibrate
 from .study import cost
 from .study import seeds as study
-from .training import machine, train_denoiser, train_task
+from .training import FILTERS, RECIPES, machine, train_denoiser, train_task
 
 PROGRAM = "tod-net-ct" if Path(sys.argv[0]).stem == "tod-net-ct" else "python -m examples.tod_net_ct"
 EXTRAS = {"distributed": "cluster", "gecatsim": "faithful", "bm3d": "classics"}  # all other packages: ct
@@ -129,16 +131,25 @@ def run_all(args: argparse.Namespace, settings: Settings, run: Path) -> Path:
 
 def train_tasks(args: argparse.Namespace, settings: Settings, run: Path, fabric: Any = None) -> Path:
     """The task networks, one after the other."""
-    for name in getattr(args, "only", None) or settings.task_networks:
+    for name in _only(args, settings.task_networks, TASK_NETWORKS):
         train_task(name, settings, run, fabric)
     return run / "task"
 
 
 def train_denoisers(args: argparse.Namespace, settings: Settings, run: Path, fabric: Any = None) -> Path:
     """The denoisers, one after the other."""
-    for name in getattr(args, "only", None) or settings.denoisers:
+    for name in _only(args, settings.denoisers, [*RECIPES, *FILTERS]):
         train_denoiser(name, settings, run, fabric)
     return run / "denoisers"
+
+
+def _only(args: argparse.Namespace, names: Sequence[str], known: Iterable[str]) -> Sequence[str]:
+    """The names that `--only` picks, or those of the settings."""
+    picked: Sequence[str] = getattr(args, "only", None) or names
+    for name in picked:
+        if name.partition("@")[0] not in known:
+            raise ValueError(f"--only {name}: expected one of {', '.join(known)}; for example --only {names[0]}")
+    return picked
 
 
 COMMANDS = {

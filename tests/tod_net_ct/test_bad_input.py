@@ -208,7 +208,7 @@ OPTIONS = {
     "a missing folder": ("data=nowhere", "nowhere: expected a folder of cases, got no such folder"),
     "an organ no phantom has": ("organ=brain", "organ must be one of background, liver, tumour, kidney"),
     "no phantoms": ("n_train=0", "n_train: expected at least 1 phantom, got 0"),
-    "an endless overlap": ("overlap=1", "overlap: expected a share from 0 to below 1, got 1.0"),
+    "an endless overlap": ("overlap=1", "overlap: expected a number from 0 to 0.95, got 1.0"),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
 import sys
 import warnings
@@ -278,6 +279,8 @@ def _write_label(path: Path, label: Tensor, scan: Scan) -> Path:
 
 def _budget_gib(memory_gb: float | None, volumes_gb: float, device: torch.device) -> float:
     """What one tile's features may take."""
+    if memory_gb is not None and not 0 < memory_gb < math.inf:
+        raise ValueError(f"memory_gb: expected a positive number of GB, got {memory_gb:g}; for example --memory-gb 8")
     if device.type == "cuda":
         return 0.8 * torch.cuda.mem_get_info(device)[0] / 2**30 if memory_gb is None else memory_gb * 1e9 / 2**30
     memory_gb = _MEMORY_GB if memory_gb is None else memory_gb

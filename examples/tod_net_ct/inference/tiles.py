@@ -232,7 +232,8 @@ def device_of(device: str | torch.device) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).device.type == "meta":  # it holds no numbers
+            raise RuntimeError
         return torch.device(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # what torch raises differs by its build
         raise ValueError(f"device: expected one that torch can use, got {str(device)!r}; use --device cpu") from error

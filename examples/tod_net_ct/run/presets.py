@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from .parsing import as_text
 from .settings import Settings
@@ -34,6 +35,9 @@ PRESETS: dict[str, Settings] = {
 }  # fmt: skip
 
 
+_MOST_BYTES = 1_000_000  # of a file of settings
+
+
 def from_yaml(path: Path, settings: Settings) -> Settings:
     """Settings with the fields of a YAML file in place of theirs: flat, or below the names of their groups.
 
@@ -43,18 +47,32 @@ def from_yaml(path: Path, settings: Settings) -> Settings:
     import yaml
 
     try:
-        given = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: expected a YAML file of settings; {str(error).splitlines()[0]}") from error
+        text = path.read_text(encoding="utf-8")
+        given = yaml.safe_load(text) if len(text) < _MOST_BYTES else len(text)
+    except (OSError, UnicodeDecodeError, RecursionError, ValueError, yaml.YAMLError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: expected a YAML file of settings; {reason}") from error
     if not isinstance(given, dict):
         raise ValueError(f"{path}: expected lines like 'steps: 500', got a {type(given).__name__}")
     flat: dict[str, str] = {}
     for name, value in given.items():
         if isinstance(value, dict):
-            flat |= {f"{name}.{inner}": as_text(part) for inner, part in value.items()}
+            flat |= {f"{name}.{inner}": _text(path, inner, part) for inner, part in value.items()}
         else:
-            flat[str(name)] = as_text(value)
+            flat[str(name)] = _text(path, name, value)
     try:
         return settings.with_overrides(flat)
     except ValueError as error:
         raise ValueError(f"{path}: {str(error).removeprefix('--set ')}") from error
+
+
+def _text(path: Path, name: Any, value: Any) -> str:
+    """A value as `--set` takes it; aliases can make a short file a huge nest, which no setting is."""
+    parts = value if isinstance(value, list) else [value]
+    got = "a list of other things" if isinstance(value, list) else f"a {type(value).__name__}"
+    if not all(isinstance(part, (str, int, float)) for part in parts):
+        raise ValueError(
+            f"{path}: {str(name)[:80]}: expected a number, a word or a list of them, got {got}; "
+            "write for example 'steps: 500' or 'shape: [16, 64, 64]'"
+        )
+    return as_text(value)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, make_dataclass, replac
 from typing import Any
 
 from .parsing import parse_text
+from .ranges import check_ranges
 
 DENOISERS = ("mse_wgan", "tod_net")
 
@@ -191,14 +192,15 @@ class Settings(
         """These settings with some fields read from text.
 
         Raises:
-            ValueError: for a field that does not exist (the nearest is offered), that another group has, or text of the
-                wrong type.
+            ValueError: for a field that does not exist (the nearest is offered), that another group has, text of the
+                wrong type, or a value out of the field's range.
         """
         hints, standard = typing.get_type_hints(Settings), Settings()
         values: dict[str, Any] = {}
         for given, text in overrides.items():
             name = _field_of(given)
             values[name] = parse_text(name, text, hints[name], getattr(standard, name))
+        check_ranges(values, standard)
         return replace(self, **values)
 
     def to_yaml(self) -> str:

@@ -46,6 +46,9 @@ def prepare(settings: Settings, run: Path) -> Path:
     facts = decisive(settings)
     if not 0 <= settings.overlap < 1:
         raise ValueError(f"overlap: expected a share from 0 to below 1, got {settings.overlap}; --set overlap=0.5")
+    for name in () if settings.data else (f"n_{split}" for split in SPLITS):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name}: expected at least 1 phantom, got {getattr(settings, name)}; --set {name}=4")
     sources = _scans(settings) if settings.data else _phantoms(settings)
     facts["files"] = {str(path): _stamp(path) for source in sources for path in source.files}
     if is_done(folder, facts):

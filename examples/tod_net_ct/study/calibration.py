@@ -62,7 +62,7 @@ def calibrate(
         ValueError: for a run without labelled validation cases, or without its U-Net.
     """
     check(settings, run)
-    if not drop > 0:
+    if not 0 < drop < 100:
         raise ValueError(f"--drop: expected points of Dice above 0, got {drop:g}; for example --drop 5.5")
     if not (run / "task" / NETWORK / "weights.pt").is_file():
         raise ValueError(f"{run}: holds no trained {NETWORK}; run train-task first")

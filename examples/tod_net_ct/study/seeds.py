@@ -55,6 +55,8 @@ def main(args: argparse.Namespace) -> int:
     """Train and measure what is missing, then write it up."""
     from .summary import summarise
 
+    if min(args.seeds) < 0:
+        raise ValueError(f"--seeds: expected numbers from 0 on, got {min(args.seeds)}; for example --seeds 0 1 2")
     settings = PRESETS["study"].with_overrides(dict(item.partition("=")[::2] for item in args.set))
     if args.tune:
         names = args.denoisers or [n for n in settings.denoisers if "adv" in RECIPES[n].terms]
