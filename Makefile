@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python -m
 
-.PHONY: demo test check format mutants bench bench-compare docs front dist dist-test test-cuda clean
+.PHONY: demo test check format mutants bench bench-compare trainers floors docs front dist dist-test test-cuda clean
 
 demo: .venv/ready  ## phantoms -> low dose -> U-Net -> MSE-WGAN and TOD-Net -> runs/demo/report.html
 	$(RUN) examples.tod_net_ct run demo --output runs/demo
@@ -20,6 +20,15 @@ check: .venv/ready  ## what contributors run before they push
 format: .venv/ready
 	$(RUN) ruff format .
 	$(RUN) ruff check --fix .
+
+trainers: .venv/trainers-ready  ## the recipes of docs/trainers.md in the trainers themselves
+	OMP_NUM_THREADS=1 $(RUN) pytest -m trainers -rs tests/trainers
+
+floors: ## the fast suite on the lowest releases that pyproject.toml allows (uv derives them), in an environment of its own
+	test -x build/floors/bin/python || $(PYTHON) -m venv build/floors
+	build/floors/bin/pip install --quiet uv
+	build/floors/bin/uv pip install --quiet --python build/floors --resolution lowest-direct -e ".[dev]"
+	OMP_NUM_THREADS=1 build/floors/bin/python -m pytest -m "not slow" -n 2 --dist loadscope
 
 mutants: .venv/ready  ## break the library one line at a time and show that a test dies each time
 	$(RUN) tests.mutants
@@ -57,6 +66,12 @@ test-cuda: .venv/ready  ## the tests that need a CUDA device
 
 .venv/docs-ready: .venv/ready
 	$(BIN)/pip install --quiet -e ".[dev,docs]"
+	touch $@
+
+# ldct-benchmark and CompressAI pin releases that nothing else here can live with; what the recipes use of them runs without.
+.venv/trainers-ready: .venv/ready
+	$(BIN)/pip install --quiet -e ".[dev,trainers]"
+	$(BIN)/pip install --quiet --no-deps ldct-benchmark compressai pytorch-msssim torch-geometric
 	touch $@
 
 .venv/bench-ready: .venv/ready

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from taskloss.checks import InputError
+from taskloss.distributed import shards_itself
 from taskloss.precision import full_precision, no_autocast
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
@@ -152,6 +153,12 @@ class GradientPenalty:
         Shape:
             x_hat and reference ``(N, C, *spatial)``; a scalar comes back.
         """
+        if isinstance(critic, nn.Module) and shards_itself(critic):
+            raise InputError(
+                "gradient_penalty",
+                "the critic is sharded, and fully_shard frees the weights that the penalty's second derivative needs; "
+                "leave the critic whole (critic.step averages its gradients itself), or use WeightClipping(0.01)",
+            )
         weights = critic.parameters() if isinstance(critic, nn.Module) else iter(())
         dtype = next((p.dtype for p in weights if p.is_floating_point()), None)
         # Validation under inference mode wants the penalty too, and it is made of a gradient.

@@ -13,7 +13,14 @@ from taskloss.algebra import LossValue, check_finite, zero_loss
 from taskloss.checks import InputError, check_callable, check_image, check_same, readable, shape
 from taskloss.constraints import Constraint, WeightClipping
 from taskloss.diagnosis import explains_double_backward, told
-from taskloss.distributed import ReplicaCheck, average_gradients_, n_processes, share_weights_
+from taskloss.distributed import (
+    ReplicaCheck,
+    average_gradients_,
+    n_processes,
+    shards_itself,
+    share_weights_,
+    to_the_input_alone,
+)
 from taskloss.finite import greatest, not_finite
 from taskloss.precision import full_precision, no_autocast
 from taskloss.trees import lent
@@ -246,6 +253,11 @@ class WassersteinCritic(nn.Module):
         """
         still = {name: parameter.detach() for name, parameter in self.network.named_parameters()}
         still.update((name, buffer.clone()) for name, buffer in self.network.named_buffers())
+        if shards_itself(self.network):  # then it puts its whole weights in by itself
+            still = {name: still[name] for name, _ in self.network.named_buffers()}
+            return to_the_input_alone(
+                lambda x: self._scores(lambda y: functional_call(self.network, still, (y,)), x), images
+            )
         return self._scores(lambda x: functional_call(self.network, still, (x,)), images)
 
     def _alike(self, reference: Tensor, x_hat: Tensor) -> Tensor:

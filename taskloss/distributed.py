@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,13 @@ def share_weights_(network: nn.Module) -> None:
     """Give every process the first one's parameters and buffers; nothing to do on one process."""
     if n_processes() > 1:
         for tensor in (*network.parameters(), *network.buffers()):
-            dist.broadcast(tensor.detach(), src=0)
+            if not is_sharded(tensor):  # the parts make one whole, whatever each process drew
+                dist.broadcast(tensor.detach(), src=0)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a process holds a part of it (``fully_shard``): then its owner averages the gradient too."""
+    return hasattr(tensor, "full_tensor")
 
 
 def average_gradients_(parameters: Iterable[nn.Parameter]) -> None:
@@ -40,13 +47,40 @@ def average_gradients_(parameters: Iterable[nn.Parameter]) -> None:
         return
     by_kind: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
     for parameter in parameters:
-        if parameter.requires_grad:
+        if parameter.requires_grad and not is_sharded(parameter):
             by_kind.setdefault((parameter.dtype, parameter.device), []).append(parameter)
     for group in by_kind.values():
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in group])
         sum_over_processes_(flat).div_(n)
         for parameter, mean in zip(group, torch.split(flat, [p.numel() for p in group]), strict=True):
             parameter.grad = mean.view_as(parameter).clone()
+
+
+def shards_itself(network: nn.Module) -> bool:
+    """Whether ``fully_shard`` looks after a network's weights, whole or in parts at this moment."""
+    return any(hasattr(module, "reshard") and hasattr(module, "unshard") for module in network.modules())
+
+
+def to_the_input_alone(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function(x)`` with a gradient at x and none at the weights of a network whose weights cannot be detached."""
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        with torch.no_grad():
+            return function(x)
+    return _ToTheInputAlone.apply(x, function)  # type: ignore[no-any-return]
+
+
+class _ToTheInputAlone(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        with torch.enable_grad():
+            ctx.x = x.detach().requires_grad_()
+            ctx.y = function(ctx.x)
+        return ctx.y.detach()  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (at_x,) = torch.autograd.grad(ctx.y, ctx.x, gradient)
+        return at_x, None
 
 
 class ReplicaCheck:

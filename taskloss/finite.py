@@ -6,7 +6,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from taskloss.distributed import is_sharded
 
 # A GradScaler multiplies the loss by thousands, expects overflows and skips those steps itself.
 _SCALED = 100.0
@@ -50,16 +53,22 @@ def not_finite(
 
 
 def greatest(gradients: Iterable[Tensor | None]) -> Tensor | None:
-    """The largest absolute number of some gradients, still on the device: NaN and infinity survive in it."""
+    """The largest absolute number of some gradients, still on the device: NaN and infinity survive in it.
+
+    Of gradients that processes hold in parts, it is the largest of all parts, so that all processes decide alike.
+    """
     given = [g.detach() for g in gradients if g is not None and g.numel()]
     if not given:
         return None
-    if len(given) == 1:
-        worst: Tensor = torch.linalg.vector_norm(given[0], math.inf).float()
-        return worst
-    # DTensor norms of several meshes cannot be stacked; whole ones can.
-    norms = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in torch._foreach_norm(given, math.inf)]
-    return torch.stack([n.float().to(norms[0].device) for n in norms]).max()
+    if len(given) == 1 and not is_sharded(given[0]):
+        return torch.linalg.vector_norm(given[0], math.inf).float()  # type: ignore[no-any-return]
+    parts = [getattr(g, "to_local")() if is_sharded(g) else g for g in given]  # noqa: B009 - a DTensor alone has it
+    norms = torch._foreach_norm([p for p in parts if p.numel()] or [parts[0].new_zeros(1)], math.inf)
+    worst = torch.stack([n.float().to(norms[0].device) for n in norms]).max()
+    if any(is_sharded(g) for g in given):
+        worst = worst.nan_to_num(nan=math.inf, posinf=math.inf)  # a maximum over processes may lose a NaN
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    return worst
 
 
 def watch_gradient(x_hat: Tensor, total: Tensor, complain: Callable[[], BaseException]) -> None:

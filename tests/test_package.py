@@ -13,8 +13,8 @@ import taskloss
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"checks", "trees", "distributed", "finite", "lean_layers", "page", "randomness", "signals", "_version"},
-    {"precision", "holdings", "lean", "arguments", "labels", "memory", "ranges", "reach"},
+    {"checks", "trees", "distributed", "lean_layers", "page", "randomness", "signals", "_version"},
+    {"finite", "precision", "holdings", "lean", "arguments", "labels", "memory", "ranges", "reach"},
     {"features", "diagnosis"},
     {"frozen", "algebra"},
     {"audit", "preprocess", "transfer"},
