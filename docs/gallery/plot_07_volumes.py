@@ -33,7 +33,7 @@ def phantom():
 network = BasicUNet(spatial_dims=3, in_channels=1, out_channels=2, features=(8, 8, 8, 16, 16, 8))
 criterion = DiceCELoss(to_onehot_y=True, softmax=True)
 adam = torch.optim.Adam(network.parameters(), lr=5e-3)
-for _ in range(20):
+for _ in range(60):
     image, label = phantom()
     adam.zero_grad()
     criterion(network(image + 0.05 * torch.randn(image.shape)), label).backward()

@@ -9,6 +9,9 @@ most of that memory is kept for nobody. :class:`~taskloss.Frozen` leaves it out,
 import matplotlib.pyplot as plt
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 from torchvision.models import resnet18
 
 from taskloss import Frozen
@@ -29,22 +32,34 @@ networks = {
 }
 
 
+class Alive(TorchDispatchMode):
+    """Sees every tensor that an operation makes, for as long as anything keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.storages[tensor.untyped_storage()] = None
+        return result
+
+    def bytes(self, *but: torch.Tensor) -> int:
+        """What is kept now, without these tensors."""
+        known = {tensor.untyped_storage()._cdata for tensor in but}
+        return sum(storage.nbytes() for storage in self.storages if storage._cdata not in known)
+
+
 def held(network: nn.Module, x: torch.Tensor) -> tuple[int, torch.Tensor]:
     """Bytes that wait for the backward pass, weights not counted, and the gradient that they give."""
-    own = {p.untyped_storage().data_ptr() for p in [*network.network.parameters(), *network.network.buffers()]}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     x = x.clone().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = network(x).square().mean()
-    (gradient,) = torch.autograd.grad(y, x)
-    return sum(kept.values()), gradient
+    with Alive() as alive:
+        y = network(x)
+        waiting = alive.bytes(x, y, *network.network.parameters(), *network.network.buffers())
+        (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    return waiting, gradient
 
 
 # %%
