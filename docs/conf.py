@@ -81,6 +81,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_logo = "_static/logo.svg"
 html_favicon = "_static/logo.svg"
+html_sidebars = {"index": [], "start": [], "concepts": []}  # pages without a section of their own
 html_copy_source = False
 html_show_sourcelink = False
 html_context = {"default_mode": "auto"}

