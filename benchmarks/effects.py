@@ -14,6 +14,7 @@ from scipy import stats
 
 BASELINES = {"tod_net": "mse_wgan"}  # what a setting is compared with, where that is not "mse"
 REFERENCES = ("clean", "degraded", "oracle")
+ENOUGH_UNITS = 5  # seeds or patients; a confirming comparison with fewer is reported as exploration
 TASK_METRICS = ("top1", "dice")
 IMAGE_METRICS = ("psnr_db", "ssim", "roi_rmse_hu")
 
@@ -155,7 +156,10 @@ def comparisons(rows: Sequence[Row]) -> list[Comparison]:
             if setting not in (*REFERENCES, baseline) and baseline in settings:
                 references = [row for row in rows if row.setting in REFERENCES and row[:2] == group[0][:2]]
                 found.append(_compare(group, references, setting, baseline))
-    return _corrected([one for one in found if one.guide.n])
+    complete = (
+        one if one.guide.n >= ENOUGH_UNITS else replace(one, stage="exploration") for one in found if one.guide.n
+    )
+    return _corrected(list(complete))
 
 
 def _compare(group: Sequence[Row], references: Sequence[Row], setting: str, baseline: str) -> Comparison:

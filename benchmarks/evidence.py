@@ -30,7 +30,9 @@ TITLES = {
     "task": "MSE + task",
     "two_guides": "two guides",
     "augmented": "guide seen through augmentation",
+    "late": "MSE + task, late",
     "two_augmented": "two guides, augmented",
+    "late_two_augmented": "two guides, augmented, late",
     "task_features": "task + features",
     "psnr_db": "PSNR (dB)",
     "ssim": "SSIM",
@@ -173,6 +175,25 @@ def sentences(found: Sequence[Comparison]) -> str:
     return "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1))
 
 
+def readme(found: Sequence[Comparison]) -> str:
+    """The largest confirmed gain of unseen networks, in two sentences."""
+    confirmed = [one for one in found if one.stage == "confirming"]
+    if not confirmed:
+        return "Where a task loss pays, measured: [evidence](docs/evidence.md); no confirming run is complete yet."
+    best = max(confirmed, key=lambda one: one.unseen.mean)
+    where = f"{title(best.world)}, {title(best.degradation)}, {title(best.setting)}"
+    return (
+        f"The largest gain on networks that the training never saw, over {best.guide.n} {units(best)} and beside "
+        f"{title(best.baseline)} ({where}): {shown(best.unseen)} points, where the guide gains {shown(best.guide)}. "
+        "When it pays, whom, and what it costs: [evidence](docs/evidence.md)."
+    )
+
+
+def units(one: Comparison) -> str:
+    """What was counted."""
+    return "patients" if one.world.startswith("ct") else "seeds"
+
+
 def _count(found: Sequence[Comparison], holds) -> str:
     n = sum(bool(holds(one)) for one in found)
     return f"{n} of {len(found)} confirming comparisons"
@@ -191,19 +212,30 @@ def _price(found: Sequence[Comparison]) -> str:
     return "; ".join(parts) + "."
 
 
-def blocks(rows: Sequence[Row]) -> dict[str, str]:
-    """The generated parts of the page by name."""
+def blocks(rows: Sequence[Row], folder: Path = RESULTS) -> dict[str, str]:
+    """The generated parts of the pages by name; the alarms are read in the folder of the rows."""
     found = comparisons(rows)
     confirmed = [one for one in found if one.stage == "confirming"]
     explored = [one for one in found if one.stage == "exploration"]
     none = "None yet."
     return {
         "sentences": sentences(found),
+        "readme": readme(found),
+        "alarms": alarms(folder),
         "effects": effects_table(confirmed) if confirmed else none,
         "cost": cost_table(confirmed) if confirmed else none,
         "levels": levels_tables(rows, "confirming"),
         "exploration": effects_table(explored) + "\n\n" + cost_table(explored) if explored else none,
     }
+
+
+def alarms(folder: Path) -> str:
+    """What the transfer meter said, out of the printed output that is kept beside the results."""
+    found = []
+    for path in sorted(folder.glob("*/*.txt")):
+        said = re.findall(r"^the transfer meter on (.*?): (.*)$", path.read_text(), flags=re.MULTILINE)
+        found += [f"- **{path.parent.name.replace('_', ' ')}** ({place}): {words}." for place, words in said]
+    return "\n".join(found) or "None yet."
 
 
 def filled(page: str, parts: dict[str, str]) -> str:
@@ -265,7 +297,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     rows = read(args.results)
     for page in (PAGE, README):
-        page.write_text(filled(page.read_text(), blocks(rows)))
+        page.write_text(filled(page.read_text(), blocks(rows, args.results)))
     draw(comparisons(rows), FIGURE)
 
 

@@ -315,24 +315,23 @@ def write_csv(path: Path, rows: Sequence[Sequence[str]]) -> None:
     unfinished.replace(path)
 
 
-@torch.no_grad()
-def alarm(runs: dict[str, Run], setting: str, output: Path, world: World) -> str:
-    """What the transfer meter says of a setting beside MSE alone, both trained from one seed."""
-    one, other = runs[setting], runs["mse"]
-    restorers = [train(run, world, output) for run in (one, other)]
-    guide, *judges = world.networks
-    if SETTINGS[setting].n_guides > 1:
-        judges = judges[SETTINGS[setting].n_guides - 1 :]
+def alarm(runs: Sequence[Run], output: Path, world: World) -> str:
+    """What the transfer meter says of runs beside MSE alone from the same seeds; an image is one unit over all."""
+    n_guides = SETTINGS[runs[0].setting].n_guides
+    guide, *others = world.networks
     meter = TransferMeter(
         world.networks[guide],
-        {name: world.networks[name] for name in judges},
+        {name: world.networks[name] for name in others[n_guides - 1 :]},
         lambda logits, label: logits.argmax(1) == label,
     )
-    noise = torch.Generator().manual_seed(1)
-    for clean, label in batches(world.judged(one.stage), 50):
-        degraded = DEGRADATIONS[one.degradation](clean, noise)
-        x_hat, baseline = (eight_bit(restorer(degraded)) for restorer in restorers)
-        meter.update(x_hat, baseline, label)
+    for run in runs:
+        restorer, baseline = (train(one, world, output) for one in (run, replace(run, setting="mse")))
+        noise = torch.Generator().manual_seed(1)
+        for first, (clean, label) in enumerate(batches(world.judged(run.stage), 50)):
+            degraded = DEGRADATIONS[run.degradation](clean, noise)
+            with torch.no_grad():
+                images = [eight_bit(network(degraded)) for network in (restorer, baseline)]
+            meter.update(*images, label, group=range(50 * first, 50 * first + len(label)))
     return str(meter.report())
 
 
@@ -350,7 +349,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--alarm", action="store_true", help="let the transfer meter look at the last seed")
+    parser.add_argument("--alarm", action="store_true", help="let the transfer meter look at the restorers")
     args = parser.parse_args(arguments)
     world = WORLDS[args.world](args.data, args.networks)
     for seed in args.seeds:
@@ -363,9 +362,11 @@ def main(arguments: list[str] | None = None) -> None:
                 rows = carry_out(run, args.output / run.name, world)
                 shown = {row[6] or row[8]: row[9] for row in rows if not row[8].startswith("clean")}
                 print(run.name, *(f"{name} {value}" for name, value in shown.items()), sep="  ", flush=True)
-            if args.alarm and seed == args.seeds[-1] and "mse" in runs:
-                for setting in [name for name in runs if name in SETTINGS and name != "mse"]:
-                    print(f"{degradation}, {setting}: {alarm(runs, setting, args.output, world)}", flush=True)
+    for degradation in args.degradations if args.alarm else ():
+        for setting in [name for name in args.settings if name in SETTINGS and name != "mse"]:
+            plan = (args.steps, args.batch, args.rate)
+            several = [Run(args.world, degradation, setting, args.stage, seed, *plan) for seed in args.seeds]
+            print(f"the transfer meter on {degradation}, {setting}: {alarm(several, args.output, world)}", flush=True)
     gathered = []
     for path in sorted(args.output.glob(f"*-{args.stage}-*/results.csv")):
         with path.open(newline="") as file:

@@ -27,22 +27,22 @@ def rows(gains: dict[str, list[float]], setting: str = "task", unit: str = "", *
     return found
 
 
-GAINS = {"g": [10.0, 12.0, 11.0], "a": [8.0, 9.0, 7.0], "b": [6.0, 7.0, 5.0]}
+GAINS = {"g": [10.0, 12.0, 11.0, 13.0, 9.0], "a": [8.0, 9.0, 7.0, 8.0, 8.0], "b": [6.0, 7.0, 5.0, 6.0, 6.0]}
 
 
 def test_gains_are_paired_by_seed() -> None:
     (one,) = effects.comparisons(rows(GAINS))
-    assert (one.guide.mean, one.guide.n, one.unseen.mean) == (11, 3, 7)
-    reach = stats.t.ppf(0.975, 2) * stats.sem([10, 12, 11])
+    assert (one.guide.mean, one.guide.n, one.unseen.mean) == (11, 5, 7)
+    reach = stats.t.ppf(0.975, 4) * stats.sem([10, 12, 11, 13, 9])
     assert one.guide.low == pytest.approx(11 - reach) and one.guide.high == pytest.approx(11 + reach)
-    assert one.unseen.p == pytest.approx(stats.ttest_1samp([7, 8, 6], 0).pvalue)
+    assert one.unseen.p == pytest.approx(stats.ttest_1samp([7, 8, 6, 7, 7], 0).pvalue)
     assert one.transfer.mean == pytest.approx(7 / 11)
 
 
 def test_patients_are_the_unit_where_there_are_patients() -> None:
     both = rows(GAINS, unit="p") + rows({name: [v + 2 for v in values] for name, values in GAINS.items()}, unit="q")
     (one,) = effects.comparisons(both)
-    assert (one.guide.n, one.guide.mean) == (2, 12)  # three seeds of two patients
+    assert (one.guide.n, one.guide.mean) == (2, 12)  # five seeds of two patients
 
 
 def test_shares_of_the_room() -> None:
@@ -55,11 +55,11 @@ def test_shares_of_the_room() -> None:
         "metric": "top1",
     }
     references = [
-        *(Row(setting="clean", network=n, role="judge", value=71.0, **place) for n in "gab"),
-        Row(setting="oracle", network="g", role="judge", value=73.0, **place),
+        *(Row(setting="clean", network=n, role="judge", value=72.0, **place) for n in "gab"),
+        Row(setting="oracle", network="g", role="judge", value=74.0, **place),
     ]
     (one,) = effects.comparisons(rows(GAINS) + references)
-    assert one.to_clean == pytest.approx(7 / 20)  # the judges stand at 51 with MSE
+    assert one.to_clean == pytest.approx(7 / 20)  # the judges stand at 52 with MSE
     assert one.to_oracle == pytest.approx(11 / 22)
 
 
@@ -95,6 +95,13 @@ def test_only_confirming_comparisons_of_a_world_are_corrected_together() -> None
     assert math.isnan(corrected["cifar10", "half", "exploration"])
 
 
+def test_with_fewer_than_five_seeds_nothing_is_confirmed() -> None:
+    few = rows({name: values[:4] for name, values in GAINS.items()})
+    (one,) = effects.comparisons(few)
+    assert one.stage == "exploration" and math.isnan(one.holm)
+    assert evidence.blocks(few)["sentences"].startswith("No confirming run is complete yet")
+
+
 def test_the_pilot_is_no_result() -> None:
     assert effects.comparisons(rows(GAINS, stage="pilot")) == []
 
@@ -103,7 +110,7 @@ def test_the_page_says_what_the_rows_say() -> None:
     parts = evidence.blocks(rows(GAINS))
     assert "+11.0 [" in parts["effects"] and "0.64 [" in parts["effects"]
     assert "1 of 1 confirming comparisons" in parts["sentences"]
-    assert "| MSE | 3 | 51.0 |" in parts["levels"]
+    assert "| MSE | 5 | 52.0 |" in parts["levels"]
     page = evidence.filled("a\n<!-- evidence:sentences -->\nold\n<!-- /evidence -->\nz", parts)
     assert "old" not in page and page.startswith("a\n") and page.endswith("\nz")
 
@@ -114,6 +121,12 @@ def test_the_page_is_not_stale(page) -> None:
     assert evidence.filled(text, evidence.blocks(effects.read(evidence.RESULTS))) == text, (
         "run python -m benchmarks.evidence"
     )
+
+
+def test_the_alarms_are_quoted_from_what_was_printed(tmp_path) -> None:
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits" / "output.txt").write_text("a table\nthe transfer meter on the last seed: low transfer: no\n")
+    assert evidence.blocks([], tmp_path)["alarms"] == "- **digits** (the last seed): low transfer: no."
 
 
 def test_the_figure_has_a_mark_for_each_comparison(tmp_path, monkeypatch) -> None:

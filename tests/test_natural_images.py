@@ -45,7 +45,7 @@ def test_the_study_runs_and_gathers_its_results(data, tmp_path, capsys) -> None:
     arguments = ["--data", str(data), "--output", str(tmp_path), *TINY, "--settings", *settings]
     study.main([*arguments, "--alarm"])
     printed = capsys.readouterr().out
-    assert "half, two_augmented: " in printed and "the guide gains" in printed
+    assert "the transfer meter on half, two_augmented: " in printed and "the guide gains" in printed
     rows = rows_of(tmp_path / "exploration.csv")
     assert {setting for setting, _, _ in rows} == set(settings)
     assert float(rows["degraded", "", "psnr_db"]) < 20
