@@ -252,11 +252,11 @@ def draw(found: Sequence[Comparison], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(6.0, 5.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    reach = max([1.0, *(one.guide.mean for one in found)]) * 1.15
-    least = min([0.0, *(one.unseen.mean for one in found), *(one.guide.mean for one in found)]) * 1.15
+    ends = [0.0, 1.0, *(end for one in found for gain in (one.guide, one.unseen) for end in gain[:3] if end == end)]
+    reach, least = 1.05 * max(ends), 1.05 * min(ends)
     for slope, words in ((1, "all of it"), (0.7, "0.7"), (0.5, "0.5")):
         style = "-" if slope == 1 else "--"
         axes.plot([0, reach], [0, slope * reach], color="0.75", lw=1, ls=style, zorder=0)
@@ -285,7 +285,7 @@ def draw(found: Sequence[Comparison], path: Path) -> None:
     axes.set(xlabel="gain of the guide (points)", ylabel="mean gain of unseen networks (points)")
     axes.spines[["top", "right"]].set_visible(False)
     if found:
-        axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.08, 0.5))
+        figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncol=1 if len(found) < 4 else 2)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", metadata={"Software": None})
 
