@@ -32,6 +32,12 @@ TITLES = {
     "augmented": "guide seen through augmentation",
     "late": "MSE + task, late",
     "two_augmented": "two guides, augmented",
+    "late_two_guides": "two guides, late",
+    "late_three_guides": "three guides, late",
+    "late_more_task": "three times the task share, late",
+    "late_label_free": "label-free (KL), late",
+    "late_features": "task + features, late",
+    "late_augmented": "guide through augmentation, late",
     "late_two_augmented": "two guides, augmented, late",
     "task_features": "task + features",
     "psnr_db": "PSNR (dB)",
@@ -158,6 +164,8 @@ def sentences(found: Sequence[Comparison]) -> str:
         return "No confirming run is complete yet."
     best = max(confirmed, key=lambda one: one.unseen.mean)
     where = f"on {title(best.world)} at {title(best.degradation)} ({title(best.setting)})"
+    oracle = f", and the guide {percent(best.to_oracle)} of its way to the same network trained on the degraded images"
+    way = "" if math.isnan(best.to_oracle) else oracle
     helped = _count(confirmed, lambda c: c.guide.low > 0)
     carried = _count(confirmed, lambda c: c.unseen.low > 0 and c.holm < 0.05)
     reached = _count(confirmed, lambda c: c.transfer.mean >= TARGET.get(c.world, 0.5))
@@ -168,8 +176,7 @@ def sentences(found: Sequence[Comparison]) -> str:
         f"**Transfer.** {share(best.transfer)} of the guide's gain carries over there; the target, "
         f"{TARGET.get(best.world, 0.5)} on natural images and 0.5 on CT, is reached by the estimate in "
         f"{reached}.",
-        f"**The room.** There the unseen networks regain {percent(best.to_clean)} of the way from MSE to clean images, "
-        f"and the guide {percent(best.to_oracle)} of its way to the same network trained on the degraded images.",
+        f"**The room.** There unseen networks regain {percent(best.to_clean)} of the way from MSE to clean images{way}.",
         f"**The price.** {_price(confirmed)}",
     ]
     return "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1))
