@@ -166,6 +166,7 @@ def sentences(found: Sequence[Comparison]) -> str:
     where = f"on {title(best.world)} at {title(best.degradation)} ({title(best.setting)})"
     oracle = f", and the guide {percent(best.to_oracle)} of its way to the same network trained on the degraded images"
     way = "" if math.isnan(best.to_oracle) else oracle
+    regained = percent(best.to_clean)
     helped = _count(confirmed, lambda c: c.guide.low > 0)
     carried = _count(confirmed, lambda c: c.unseen.low > 0 and c.holm < 0.05)
     reached = _count(confirmed, lambda c: c.transfer.mean >= TARGET.get(c.world, 0.5))
@@ -176,7 +177,7 @@ def sentences(found: Sequence[Comparison]) -> str:
         f"**Transfer.** {share(best.transfer)} of the guide's gain carries over there; the target, "
         f"{TARGET.get(best.world, 0.5)} on natural images and 0.5 on CT, is reached by the estimate in "
         f"{reached}.",
-        f"**The room.** There unseen networks regain {percent(best.to_clean)} of the way from MSE to clean images{way}.",
+        f"**The room.** Unseen networks regain {regained} of the way from MSE to clean images there{way}.",
         f"**The price.** {_price(confirmed)}",
     ]
     return "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1))
