@@ -183,25 +183,6 @@ def sentences(found: Sequence[Comparison]) -> str:
     return "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1))
 
 
-def readme(found: Sequence[Comparison]) -> str:
-    """The largest confirmed gain of unseen networks, in two sentences."""
-    confirmed = [one for one in found if one.stage == "confirming"]
-    if not confirmed:
-        return "Where a task loss pays, measured: [evidence](docs/evidence.md); no confirming run is complete yet."
-    best = max(confirmed, key=lambda one: one.unseen.mean)
-    where = f"{title(best.world)}, {title(best.degradation)}, {title(best.setting)}"
-    return (
-        f"The largest gain on networks that the training never saw, over {best.guide.n} {units(best)} and beside "
-        f"{title(best.baseline)} ({where}): {shown(best.unseen)} points, where the guide gains {shown(best.guide)}. "
-        "When it pays, whom, and what it costs: [evidence](docs/evidence.md)."
-    )
-
-
-def units(one: Comparison) -> str:
-    """What was counted."""
-    return "patients" if one.world.startswith("ct") else "seeds"
-
-
 def _count(found: Sequence[Comparison], holds) -> str:
     n = sum(bool(holds(one)) for one in found)
     return f"{n} of {len(found)} confirming comparisons"
@@ -228,7 +209,6 @@ def blocks(rows: Sequence[Row], folder: Path = RESULTS) -> dict[str, str]:
     none = "None yet."
     return {
         "sentences": sentences(found),
-        "readme": readme(found),
         "alarms": alarms(folder),
         "effects": effects_table(confirmed) if confirmed else none,
         "cost": cost_table(confirmed) if confirmed else none,
