@@ -131,9 +131,10 @@ def test_the_alarms_are_quoted_from_what_was_printed(tmp_path) -> None:
 
 def test_the_figure_has_a_mark_for_each_comparison(tmp_path, monkeypatch) -> None:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     marks = []
     monkeypatch.setattr(Axes, "errorbar", lambda self, x, y, **_: marks.append((x, y)))
-    monkeypatch.setattr(Axes, "legend", lambda self, **_: None)
+    monkeypatch.setattr(Figure, "legend", lambda self, **_: None)
     evidence.draw(effects.comparisons(rows(GAINS) + rows(GAINS, degradation="jpeg10")), tmp_path / "figure.png")
     assert marks == [(11, 7), (11, 7)] and (tmp_path / "figure.png").stat().st_size > 5000
