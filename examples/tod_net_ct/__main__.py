@@ -17,7 +17,7 @@ from .report import card, report
 from .run import PRESETS, Settings, from_yaml, occupy
 from .scans import prepare
 from .study import calibration as calibrate
-from .study import cost
+from .study import cost, cross_validation
 from .study import seeds as study
 from .training import FILTERS, RECIPES, machine, train_denoiser, train_task
 
@@ -31,8 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.command == "denoise":
             return denoise.main(args)
-        if args.command in ("study", "pairs", "cost", "export"):
-            return {"study": study, "pairs": pairs, "cost": cost, "export": card}[args.command].main(args)
+        own = {"study": study, "pairs": pairs, "cost": cost, "export": card, "cross-validate": cross_validation}
+        if args.command in own:
+            return own[args.command].main(args)
         began = time.perf_counter()
         settings = settings_of(args)
         result = COMMANDS[args.command](args, settings, args.output)
@@ -82,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     card.add_arguments(commands.add_parser("export", help="a trained denoiser to hand on: weights and their card"))
     pairs.add_arguments(commands.add_parser("pairs", help="denoisers on real pairs of low and normal dose"))
     cost.add_arguments(commands.add_parser("cost", help="what a step of the paper's settings takes"))
+    cross_validation.add_arguments(commands.add_parser("cross-validate", help="an experiment over patients and seeds"))
     study.add_arguments(commands.add_parser("study", help="the demo over several seeds: every denoiser, every network"))
     return top
 

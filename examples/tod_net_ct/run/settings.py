@@ -44,6 +44,8 @@ class Split:
     """How patients are dealt to training, validation and test; phantoms are numbered."""
 
     split: tuple[float, float, float] = (0.7, 0.1, 0.2)  # LiTS in the paper; KiTS: 0.6, 0.2, 0.2
+    test_patients: tuple[str, ...] = ()  # these by name, and the two below, in place of a draw (cross-validation)
+    validation_patients: tuple[str, ...] = ()
     reuse: bool = False  # patients may serve in several splits where there are too few: for trying out only
 
 
@@ -52,8 +54,14 @@ class Patches:
     """What training sees of a scan."""
 
     shape: tuple[int, int, int] = (16, 64, 64)  # slices, rows, columns of a training sub-volume
+    patch: tuple[int, int, int] = (0, 0, 0)  # what a step sees of a sub-volume, half of them at the organ; 0: all of it
     overlap: float = 0.5  # of neighbouring sub-volumes along the body; the paper says overlapping, not by how much
     voxel_mm: tuple[float, float, float] = (6.0, 6.0, 6.0)
+
+    @property
+    def seen_shape(self) -> tuple[int, int, int]:
+        """What a training step sees of a sub-volume: a patch of it, or all."""
+        return self.patch if any(self.patch) else self.shape
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,8 @@ class TaskNetworks:
     task_width: int = 8
     task_batch: int = 4
     task_learning_rate: float = 3e-3
+    task_dose: str = "normal"  # or "low": the same network trained on low dose, which tells what there is to gain
+    task_validate_every: int = 0  # if positive, the weights that were best on validation are kept
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ def split_patients(patients: Sequence[str], settings: Settings) -> dict[str, lis
         ValueError: there are too few patients, or the shares are no shares.
     """
     patients = list(dict.fromkeys(patients))
+    if settings.test_patients:
+        return _by_name(patients, settings)
     counts = _counts(len(patients), settings)
     order = torch.randperm(len(patients), generator=torch.Generator().manual_seed(settings.seed)).tolist()
     shuffled = [patients[i] for i in order]
@@ -41,6 +43,27 @@ def split_patients(patients: Sequence[str], settings: Settings) -> dict[str, lis
         dealt[name] = [shuffled[(start + i) % len(patients)] for i in range(n)]
         start += n
     return {name: dealt[name] for name in SPLITS}
+
+
+def _by_name(patients: Sequence[str], settings: Settings) -> dict[str, list[str]]:
+    """The named patients for test and validation, everyone else for training."""
+    named = {"validation": settings.validation_patients, "test": settings.test_patients}
+    for split, names in named.items():
+        for name in names:
+            if name not in patients:
+                raise ValueError(
+                    f"{split}_patients: expected some of {', '.join(patients)}, got {name!r}; "
+                    f"--set {split}_patients={patients[0]}"
+                )
+    both = sorted(set(named["validation"]) & set(named["test"]))
+    if both:
+        raise ValueError(f"test_patients: expected no one of validation_patients, got {', '.join(both)} in both")
+    rest = [patient for patient in patients if patient not in {*named["validation"], *named["test"]}]
+    dealt = {"train": rest} | {split: list(names) for split, names in named.items()}
+    for split, names in dealt.items():
+        if not names:
+            raise ValueError(f"test_patients: expected someone for {split}, got no one left; name fewer patients")
+    return {split: dealt[split] for split in SPLITS}
 
 
 def shared_patients(dealt: dict[str, list[str]]) -> list[str]:

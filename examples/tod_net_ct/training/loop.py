@@ -7,13 +7,13 @@ import io
 import itertools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ..run import Settings, load_tensors, save_tensors, write_text
 from ..scans import Cases
@@ -54,20 +54,56 @@ def batches(cases: Cases, batch: int, settings: Settings, fabric: Any, start: in
             f"--set batch={-(-batch // fabric.world_size) * fabric.world_size}"
         )
 
-    def indices() -> Iterator[list[int]]:
+    def indices() -> Iterator[list[Any]]:
         generator = torch.Generator().manual_seed(settings.seed)
-        waiting: list[int] = []
+        places = torch.Generator().manual_seed(settings.seed)
+        waiting: list[Any] = []
         for step in itertools.count():
             while len(waiting) < batch:
                 waiting += torch.randperm(len(cases), generator=generator).tolist()
+            drawn = waiting[:batch]
+            if any(settings.patch):
+                drawn = list(zip(drawn, torch.rand(batch, 4, generator=places).tolist(), strict=True))
             if step >= start:
-                yield waiting[:batch][fabric.global_rank :: fabric.world_size]
+                yield drawn[fabric.global_rank :: fabric.world_size]
             waiting = waiting[batch:]
 
     own = torch.Generator()  # else the loader draws from torch's, and a resumed training draws otherwise
-    loader = DataLoader(cases, batch_sampler=indices(), num_workers=settings.workers, generator=own)  # type: ignore[arg-type]
+    items = Crops(cases, settings.patch) if any(settings.patch) else cases
+    loader = DataLoader(items, batch_sampler=indices(), num_workers=settings.workers, generator=own)  # type: ignore[arg-type]
     for tensors in loader:
         yield [fabric.to_device(tensor) for tensor in tensors]
+
+
+class Crops(Dataset[tuple[torch.Tensor, ...]]):
+    """Patches of training items, found by an item's number and four draws from [0, 1): whether the patch is centred on
+    a voxel of the organ (below a half, where the item shows it), which voxel, and else the place in the plane.
+
+    Raises:
+        ValueError: a side of the patch is not positive or longer than the items'.
+    """
+
+    def __init__(self, cases: Cases, patch: tuple[int, int, int]) -> None:
+        if not all(0 < side <= whole for side, whole in zip(patch, cases.shape, strict=True)):
+            raise ValueError(f"patch: expected sides from 1 to shape's {cases.shape}, got {patch}; --set patch=0,0,0")
+        self.cases, self.patch = cases, patch
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, key: tuple[int, Sequence[float]]) -> tuple[torch.Tensor, ...]:
+        number, (at_organ, *place) = key
+        volumes = self.cases[number]
+        organ = volumes[-1][0].nonzero() if at_organ < 0.5 else torch.empty(0, 3)
+        shape = volumes[-1].shape[1:]
+        centre = [share * side for share, side in zip(place, shape, strict=True)]
+        if len(organ):
+            centre = organ[int(place[0] * len(organ))].tolist()
+        cut: list[slice] = [slice(None)]
+        for middle, side, whole in zip(centre, self.patch, shape, strict=True):
+            start = min(max(0, int(middle) - side // 2), whole - side)
+            cut.append(slice(start, start + side))
+        return tuple(volume[tuple(cut)].contiguous() for volume in volumes)
 
 
 def over_processes(row: dict[str, float], fabric: Any) -> dict[str, float]:

@@ -108,7 +108,7 @@ def critic_of(recipe: Recipe, settings: Settings) -> WassersteinCritic | None:
     """The recipe's critic; None where no term is adversarial."""
     if "adv" not in recipe.terms:
         return None
-    patch, channels = settings.shape, settings.critic_channels
+    patch, channels = settings.seen_shape, settings.critic_channels
     if recipe.constraint == "penalty":  # a penalty needs a critic whose samples do not mix: no batch norm
         network = critic_network(patch, channels, "none")
         return WassersteinCritic(network=network, constraint=GradientPenalty(settings.penalty_weight))
@@ -172,7 +172,7 @@ def restorer(
     network = network_of(RECIPES[kind], settings)
     network.load_state_dict(load_tensors(folder / "best.pt"))
     network.eval().to(device)
-    return lambda volume_hu: restore(lambda unit: slide(network, unit, settings.shape, device), volume_hu)
+    return lambda volume_hu: restore(lambda unit: slide(network, unit, settings.seen_shape, device), volume_hu)
 
 
 @torch.no_grad()

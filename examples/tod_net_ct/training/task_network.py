@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from taskloss import audit_task_model
 
+from ..inference import segment
+from ..metrics import dice
 from ..networks import build, load_network, save_network
 from ..run import (
     Machine,
@@ -26,11 +28,15 @@ from ..run import (
     digest,
     finish,
     is_done,
+    load_tensors,
     only,
     progress,
+    save_tensors,
 )
 from ..scans import Cases
 from .loop import Board, Point, batches, machine, write_log
+
+FOLDERS = {"normal": "task", "low": "oracle"}  # by the dose that a network was trained on
 
 
 def dice_loss(kind: str = "batch") -> nn.Module:
@@ -43,8 +49,13 @@ def dice_loss(kind: str = "batch") -> nn.Module:
 
 
 def train_task(name: str, settings: Settings, run: Path, fabric: Any = None) -> Path:
-    """Write ``task/<name>/weights.pt``, and refuse to go on with a network that the audit finds unfit to guide."""
-    folder, steps = run / "task" / name, settings.steps_of(name)
+    """Write ``task/<name>/weights.pt``, and refuse to go on with a network that the audit finds unfit to guide.
+
+    With ``task_dose="low"`` the same network is trained on low dose and kept in ``oracle/<name>``: it judges nothing,
+    but tells what a task can still see in low dose. With ``task_validate_every`` the weights with the best Dice on the
+    whole validation volumes are kept, as `log.csv` tells.
+    """
+    folder, steps = folder_of(name, settings, run), settings.steps_of(name)
     settings = only(settings, Seed, Patches, TaskNetworks, TaskLoss, Machine)
     facts = facts_of(name, settings, steps, run)
     if is_done(folder, facts):
@@ -57,31 +68,41 @@ def train_task(name: str, settings: Settings, run: Path, fabric: Any = None) -> 
     train = Cases(run, "train")
     parts = set_up(name, settings, steps, fabric)
     point = Point(folder / "last.pt", fabric, network=parts.own, optimizer=parts.optimizer, schedule=parts.schedule)
-    start, log, _ = point.load()
+    start, log, least = point.load()  # the Dice loss on validation, where there is one
     board = Board(folder / "tensorboard", fabric, start)
     stream = batches(train, settings.task_batch, settings, fabric, start)
-    for step, (_, normal, mask) in zip(progress(range(start + 1, steps + 1), f"train {name}"), stream, strict=False):
-        value = one_step(parts, normal, mask)
+    for step, (low, normal, mask) in zip(progress(range(start + 1, steps + 1), f"train {name}"), stream, strict=False):
+        value = one_step(parts, low if settings.task_dose == "low" else normal, mask)
         if not math.isfinite(value):
             raise FloatingPointError(f"{name}: the Dice loss is {value} at step {step}; lower task_learning_rate")
         log.append({"step": step, "dice_loss": value})
+        if settings.task_validate_every and (step % settings.task_validate_every == 0 or step == steps):
+            log[-1]["validation_dice"] = score = validation_dice(parts.own, settings, run, fabric.device)
+            if 1 - score < least:
+                least = 1 - score
+                if fabric.is_global_zero:
+                    save_tensors(folder / ".best.pt", **parts.own.state_dict())
         board.add(log[-1])
         if step % settings.save_every == 0 and step < steps:
-            point.save(step, log, 0.0)
+            point.save(step, log, least)
     board.close()
     if fabric.is_global_zero:
+        if settings.task_validate_every:
+            parts.own.load_state_dict(load_tensors(folder / ".best.pt"))
         keep(name, parts.own, train, settings, folder)
         write_log(folder / "log.csv", log)
         recent = [row["dice_loss"] for row in log[-10:]]
         finish(folder, facts, last_loss=sum(recent) / len(recent), digest=digest(folder / "weights.pt"))
-        point.path.unlink(missing_ok=True)
+        for path in (point.path, folder / ".best.pt"):
+            path.unlink(missing_ok=True)
     fabric.barrier()
     return folder
 
 
 def facts_of(name: str, settings: Any, steps: int, run: Path) -> dict[str, Any]:
     """What decides the result."""
-    return decisive(settings) | {"cases": digest(run / "cases" / "manifest.json"), "network": name, "steps": steps}
+    facts = decisive(settings) | {"cases": digest(run / "cases" / "manifest.json"), "network": name, "steps": steps}
+    return facts | ({"low_dose": digest(run / "low_dose" / "manifest.json")} if settings.task_dose == "low" else {})
 
 
 @dataclass
@@ -105,9 +126,9 @@ def set_up(name: str, settings: Any, steps: int, fabric: Any) -> Parts:
     return Parts(own, network, optimizer, schedule, dice_loss(settings.dice), fabric.backward)
 
 
-def one_step(parts: Parts, normal: Tensor, mask: Tensor) -> float:
-    """One step on normal dose; returns the Dice loss, and leaves the weights alone where that is not finite."""
-    loss = parts.criterion(parts.network(normal.to(memory_format=torch.channels_last_3d)), mask)
+def one_step(parts: Parts, image: Tensor, mask: Tensor) -> float:
+    """One step; returns the Dice loss, and leaves the weights alone where that is not finite."""
+    loss = parts.criterion(parts.network(image.to(memory_format=torch.channels_last_3d)), mask)
     value = float(loss.detach())
     if not math.isfinite(value):
         return value
@@ -129,6 +150,21 @@ def keep(name: str, network: nn.Module, train: Cases, settings: Any, folder: Pat
     save_network(folder / "weights.pt", network, name, width_of(name, settings), **facts)
 
 
+@torch.no_grad()
+def validation_dice(network: nn.Module, settings: Any, run: Path, device: torch.device) -> float:
+    """Mean Dice of a task network on the whole validation volumes, at the dose that it is trained on."""
+    network.eval()
+    cases = Cases(run, "validation")
+    overlaps = []
+    for i in range(len(cases)):
+        normal_hu, low_hu, mask = cases.in_hu(i)
+        image = low_hu if settings.task_dose == "low" else normal_hu
+        found = segment(network, image, cases.voxel_mm_of(i), settings.voxel_mm, device=device)
+        overlaps.append(dice(found, mask))
+    network.train()
+    return sum(overlaps) / len(overlaps)
+
+
 # Widths relative to the U-Net's, so that one number sets them all. The published code: 64, 16, 16, 32.
 RELATIVE_WIDTH = {"unet": 1.0, "vnet": 0.5, "res_unet": 1.0, "vox_resnet": 1.0}
 
@@ -139,6 +175,19 @@ def width_of(name: str, settings: Any) -> int:
 
 
 def load_task(settings: Settings, run: Path, name: str = "unet") -> nn.Module:
-    """A trained task network, in eval mode."""
-    check_intact(run / "task" / name)
-    return load_network(run / "task" / name / "weights.pt")
+    """A trained task network, in eval mode; with ``task_dose="low"`` the one that was trained on low dose."""
+    folder = folder_of(name, settings, run)
+    check_intact(folder)
+    return load_network(folder / "weights.pt")
+
+
+def folder_of(name: str, settings: Any, run: Path) -> Path:
+    """Where a task network is kept.
+
+    Raises:
+        ValueError: the dose that it is trained on is unknown.
+    """
+    dose = getattr(settings, "task_dose", "normal")  # a denoiser's training knows of its guides alone
+    if dose not in FOLDERS:
+        raise ValueError(f"task_dose: expected normal or low, got {dose!r}; --set task_dose=normal")
+    return run / FOLDERS[dose] / name

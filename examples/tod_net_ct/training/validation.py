@@ -30,7 +30,7 @@ def validate(network: nn.Module, settings: Settings, run: Path, device: torch.de
         if isinstance(network, Denoiser):
             restored_hu = denoise_volume(network, low_hu, WINDOW_HU, device=device)
         else:
-            restored_hu = restore(lambda unit: slide(network, unit, settings.shape, device), low_hu)
+            restored_hu = restore(lambda unit: slide(network, unit, settings.seen_shape, device), low_hu)
         errors.append(float((to_unit(restored_hu) - to_unit(normal_hu)).square().mean()))
         if judge is not None:
             voxel_mm = cases.voxel_mm_of(i)
