@@ -4,6 +4,7 @@ A volume is `(slice, row, column)` in HU; stage 1 (`prepare`) writes whole cases
 """
 
 from .cases import Cases
+from .coarser import coarser_copy
 from .dicom import Series, read_series
 from .dicom_out import check_folder, write_series
 from .dicom_seg import write_segmentation
@@ -26,6 +27,7 @@ __all__ = [
     "check_folder",
     "check_nifti_name",
     "check_place",
+    "coarser_copy",
     "find_cases",
     "organ_mask",
     "prepare",

@@ -60,7 +60,7 @@ def coarser_copy(
             raise ValueError(f"{name}: expected a segmentation, got none; take the case out")
         number = name.rpartition("-")[2]
         for path, role in ((case.scan, "volume"), (case.label, "segmentation")):
-            target = folder / f"{role}-{number}.nii.gz"
+            target = folder / f"{role}-{number}{_suffix(path)}"
             if voxel_mm is None and not target.exists():
                 os.symlink(path.resolve(), target)
         if voxel_mm is not None and not (folder / f"segmentation-{number}.nii.gz").exists():
@@ -86,6 +86,10 @@ def _write_coarser(scan: Path, label: Path, folder: Path, number: str, voxel_mm:
     for role, values in (("volume", means), ("segmentation", found)):  # the label last: it tells that both are there
         with replacing(folder / f"{role}-{number}.nii.gz") as unfinished:
             nib.save(nib.Nifti1Image(values.transpose(2, 1, 0), affine), unfinished)
+
+
+def _suffix(path: Path) -> str:
+    return ".nii.gz" if path.name.endswith(".nii.gz") else path.suffix
 
 
 def _body(volume: np.ndarray) -> tuple[slice, ...]:

@@ -1,8 +1,8 @@
 """Every patient of a data set tested once per seed: task networks, oracles and denoisers, measured in long CSV files.
 
 An experiment is one YAML file, written before its numbers: who is tested in which fold, doses, denoisers, seeds, and
-the settings that all share. What is measured lies in one small file for each dose, fold, seed and denoiser; the command
-goes on where it stopped, in the order of the file: seed by seed, within a seed dose by dose, within a dose fold by fold.
+the settings that all share. What is measured lies in one small file for each dose, fold, seed and denoiser. The command
+goes on where it stopped, in the order of the file: seeds, within a seed doses, within a dose folds.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from ..evaluation import device_of, judges
 from ..inference import segment
 from ..metrics import dice, image_quality
 from ..run import PRESETS, Settings, results_of, write_text
-from ..scans import Cases, prepare
-from ..scans.coarser import coarser_copy
+from ..scans import Cases, coarser_copy, prepare
 from ..training import load_task, restorer, train_denoiser, train_task
 
 COLUMNS = (
     "world", "task", "dose", "fold", "seed", "patient", "case", "denoiser", "input", "network", "role", "metric",
     "value",
 )  # fmt: skip
+UNTRAINED = ("none", "oracle")  # the image as it comes, to the task networks and to those trained on low dose
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,9 @@ def read_experiment(path: Path) -> Experiment:
         content["settings"] = preset.with_overrides(changes)
         experiment = Experiment(voxel_mm=tuple(voxel_mm) if voxel_mm else None, **content)
     except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: expected an experiment as results/ct/lits_liver/experiment.yaml, got {error}") from error
+        raise ValueError(
+            f"{path}: expected an experiment as results/ct/lits_liver/experiment.yaml, got {error}"
+        ) from error
     tested = sorted(patient for fold in experiment.folds.values() for patient in fold["test"])
     if tested != sorted(experiment.patients):
         raise ValueError(f"{path}: expected every patient in the test of one fold, got {', '.join(tested)}")
@@ -127,24 +129,21 @@ def _one_unit(
         validation_patients=tuple(own["validation"]), dose_fraction=experiment.doses[dose],
     )  # fmt: skip
     folder = results / "measurements" / dose / f"fold-{fold}"
-    fixed, per_seed = ("none", "oracle"), experiment.denoisers
-    names = {name: folder / f"{name}.csv" for name in fixed}
-    names |= {f"{name}@seed={seed}": folder / f"seed-{seed}" / f"{_plain(name)}.csv" for name in per_seed}
-    missing = {name: path for name, path in names.items() if not path.exists()}
-    if not missing:
+    todo = [(name, None, folder / f"{name}.csv") for name in UNTRAINED]
+    todo += [(name, seed, folder / f"seed-{seed}" / f"{_plain(name)}.csv") for name in experiment.denoisers]
+    todo = [item for item in todo if not item[2].exists()]
+    if not todo:
         return
     run = _make_ready(settings, output / f"fold-{fold}", dose)
-    for name, path in missing.items():
+    for name, own_seed, path in todo:
         if name == "oracle":
             for network in experiment.oracles:
                 train_task(network, replace(settings, task_dose="low"), run)
-        elif name != "none":
-            name = name if ";" not in name and name.count("@") == 1 else name.replace("@seed", ";seed")
-            train_denoiser(name, settings, run)
-        about = {"world": "ct", "task": experiment.task, "dose": dose, "fold": fold}
-        about |= {"seed": "" if name in fixed else seed, "denoiser": name.replace(f"@seed={seed}", "").replace(f";seed={seed}", "")}
-        rows = list(_measure(name, about, experiment, settings, run))
-        write_text(path, _as_csv(rows))
+        trained = name if own_seed is None else f"{name}{';' if '@' in name else '@'}seed={own_seed}"
+        if name not in UNTRAINED:
+            train_denoiser(trained, settings, run)
+        about = {"world": "ct", "task": experiment.task, "dose": dose, "fold": fold, "seed": own_seed, "denoiser": name}
+        write_text(path, _as_csv([about | row for row in _measure(trained, experiment, settings, run)]))
         yield path
 
 
@@ -164,21 +163,19 @@ def _make_ready(settings: Settings, fold: Path, dose: str) -> Path:
 
 
 @torch.no_grad()
-def _measure(
-    name: str, about: dict[str, Any], experiment: Experiment, settings: Settings, run: Path
-) -> Iterator[dict[str, Any]]:
+def _measure(name: str, experiment: Experiment, settings: Settings, run: Path) -> Iterator[dict[str, Any]]:
     """One row for each number: image quality, and Dice of every network, on both doses."""
     device = device_of(settings)
     networks = judges(settings, run, device)
     if name == "oracle":
         networks = {n: load_task(replace(settings, task_dose="low"), run, n).to(device) for n in experiment.oracles}
-    restore = (lambda volume_hu: volume_hu) if name in ("none", "oracle") else restorer(name, settings, run, device)
+    restore = (lambda volume_hu: volume_hu) if name in UNTRAINED else restorer(name, settings, run, device)
     cases, people = Cases(run, "test"), results_of(run / "cases")["cases"]
     for i in range(len(cases)):
         normal_hu, low_hu, mask = cases.in_hu(i)
         voxel_mm, known = cases.voxel_mm_of(i), people[cases.paths[i].stem]
         for given, given_hu in (("low", low_hu), ("normal", normal_hu)):
-            row = about | {"patient": known["patient"], "case": known["origin"], "input": given}
+            row = {"patient": known["patient"], "case": known["origin"], "input": given}
             image = restore(given_hu)
             if (name, given) != ("none", "normal") and name != "oracle":
                 for metric, value in image_quality(image, normal_hu, mask).items():

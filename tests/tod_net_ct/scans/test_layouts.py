@@ -237,3 +237,26 @@ def test_real_dose_pairs():
     cases = find_cases(Path(os.environ["TASKLOSS_CT_DATA"]) / "paired")
     assert len(cases) == 22 and {case.patient for case in cases} == {"L143", "L192"}
     assert all(case.low is not None and case.label is None for case in cases)
+
+
+NAMED = Settings(data="here", n_train=0, test_patients=("a", "c"), validation_patients=("d",))
+
+
+def test_patients_named_for_test_and_validation_are_nowhere_else():
+    dealt = split_patients(["a", "b", "c", "d", "a", "e"], NAMED)
+    assert dealt == {"train": ["b", "e"], "validation": ["d"], "test": ["a", "c"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"test_patients": ("x",)}, "^test_patients: expected some of a, b, c, d, got 'x'; --set test_patients=a$"),
+        ({"validation_patients": ("a",)}, "expected no one of validation_patients, got a in both"),
+        ({"test_patients": ("a", "b", "c")}, "expected someone for train, got no one left"),
+        ({"validation_patients": ()}, "expected someone for validation, got no one left"),
+    ],
+    ids=["nobody's name", "in both", "none to train", "none to validate"],
+)
+def test_wrong_names_are_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        split_patients(["a", "b", "c", "d"], replace(NAMED, **changes))

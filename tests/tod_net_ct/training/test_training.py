@@ -23,8 +23,8 @@ from examples.tod_net_ct.__main__ import main
 from examples.tod_net_ct.dose import degrade
 from examples.tod_net_ct.networks import TASK_NETWORKS, build, load_denoiser, load_network, save_network
 from examples.tod_net_ct.run import PRESETS, Settings, digest, from_yaml, load_tensors
-from examples.tod_net_ct.scans import prepare
-from examples.tod_net_ct.training import load_task, train_denoiser, train_task
+from examples.tod_net_ct.scans import Cases, prepare
+from examples.tod_net_ct.training import load_task, task_network, train_denoiser, train_task
 from examples.tod_net_ct.training import loop as training
 from examples.tod_net_ct.training import recipes as denoisers
 
@@ -349,3 +349,59 @@ def test_a_denoiser_that_does_not_exist_is_answered_with_those_that_do() -> None
 def test_load_task_reads_what_train_task_wrote(run) -> None:
     network = load_task(TINY, run)
     assert not network.training and network.facts["voxel_mm"] == [6.0, 12.0, 12.0]
+
+
+def test_patches_lie_in_their_item_and_every_other_at_the_organ(prepared):
+    cases = Cases(prepared, "train")
+    patches = training.Patches(cases, (8, 16, 16))
+    _, normal, mask = cases[0]
+    found = [patches[0, draws] for draws in torch.rand(40, 4, generator=torch.Generator().manual_seed(0)).tolist()]
+    assert {tuple(volume.shape) for item in found for volume in item} == {(1, 8, 16, 16)}
+    corner = patches[0, (0.9, 0.0, 0.0, 0.0)]
+    assert torch.equal(corner[1], normal[:, :8, :16, :16])
+    far = patches[0, (0.9, 0.999, 0.999, 0.999)]
+    assert torch.equal(far[1], normal[:, -8:, -16:, -16:]) and torch.equal(far[2], mask[:, -8:, -16:, -16:])
+    assert all(bool(patches[0, (0.1, share, 0, 0)][2].any()) for share in (0.0, 0.5, 0.99))
+
+
+def test_a_patch_longer_than_its_item_is_refused(run):
+    with pytest.raises(ValueError, match=r"patch: expected sides from 1 to shape's \(16, 32, 32\), got \(16, 64, 32\)"):
+        train_task("unet", replace(TINY, patch=(16, 64, 32)), run)
+
+
+def test_patches_go_on_where_a_killed_training_was(run):
+    patched = replace(TINY, patch=(16, 16, 16))
+    cases, fabric = Cases(run, "train"), training.machine(patched)
+    whole = [b for b, _ in zip(training.batches(cases, 2, patched, fabric), range(4), strict=False)]
+    later = [b for b, _ in zip(training.batches(cases, 2, patched, fabric, 2), range(2), strict=False)]
+    assert all(
+        torch.equal(a, b) for one, two in zip(whole[2:], later, strict=True) for a, b in zip(one, two, strict=True)
+    )
+    assert not torch.equal(whole[0][0], whole[2][0])
+
+
+def test_the_weights_that_validated_best_are_kept(run, monkeypatch):
+    scores = iter([0.2, 0.9, 0.1])
+    seen = {}
+
+    def score(network, *_):
+        value = next(scores)
+        seen[value] = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        return value
+
+    monkeypatch.setattr(task_network, "validation_dice", score)
+    folder = train_task("unet", replace(TINY, task_steps=(3,), task_validate_every=1), run)
+    kept = load_task(TINY, run).state_dict()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in seen[0.9].items())
+    assert any(not torch.equal(kept[name], tensor) for name, tensor in seen[0.1].items())
+    assert [row["validation_dice"] for row in csv.DictReader((folder / "log.csv").open())] == ["0.2", "0.9", "0.1"]
+    assert not (folder / "best.pt").exists()
+
+
+def test_an_oracle_learns_from_low_dose_beside_the_judge(run):
+    judge = digest(run / "task" / "unet" / "weights.pt")
+    folder = train_task("unet", replace(TINY, task_dose="low"), run)
+    assert folder == run / "oracle" / "unet" and digest(run / "task" / "unet" / "weights.pt") == judge
+    assert digest(folder / "weights.pt") != judge  # the same seed and steps: the images alone differ
+    with pytest.raises(ValueError, match="task_dose: expected normal or low, got 'high'"):
+        train_task("unet", replace(TINY, task_dose="high"), run)
