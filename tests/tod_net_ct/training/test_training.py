@@ -353,7 +353,7 @@ def test_load_task_reads_what_train_task_wrote(run) -> None:
 
 def test_patches_lie_in_their_item_and_every_other_at_the_organ(prepared):
     cases = Cases(prepared, "train")
-    patches = training.Patches(cases, (8, 16, 16))
+    patches = training.Crops(cases, (8, 16, 16))
     _, normal, mask = cases[0]
     found = [patches[0, draws] for draws in torch.rand(40, 4, generator=torch.Generator().manual_seed(0)).tolist()]
     assert {tuple(volume.shape) for item in found for volume in item} == {(1, 8, 16, 16)}
@@ -395,7 +395,7 @@ def test_the_weights_that_validated_best_are_kept(run, monkeypatch):
     assert all(torch.equal(kept[name], tensor) for name, tensor in seen[0.9].items())
     assert any(not torch.equal(kept[name], tensor) for name, tensor in seen[0.1].items())
     assert [row["validation_dice"] for row in csv.DictReader((folder / "log.csv").open())] == ["0.2", "0.9", "0.1"]
-    assert not (folder / "best.pt").exists()
+    assert not (folder / ".best.pt").exists()
 
 
 def test_an_oracle_learns_from_low_dose_beside_the_judge(run):
