@@ -394,7 +394,8 @@ def test_the_weights_that_validated_best_are_kept(run, monkeypatch):
     kept = load_task(TINY, run).state_dict()
     assert all(torch.equal(kept[name], tensor) for name, tensor in seen[0.9].items())
     assert any(not torch.equal(kept[name], tensor) for name, tensor in seen[0.1].items())
-    assert [row["validation_dice"] for row in csv.DictReader((folder / "log.csv").open())] == ["0.2", "0.9", "0.1"]
+    with (folder / "log.csv").open() as file:
+        assert [row["validation_dice"] for row in csv.DictReader(file)] == ["0.2", "0.9", "0.1"]
     assert not (folder / ".best.pt").exists()
 
 
