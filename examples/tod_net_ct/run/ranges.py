@@ -49,10 +49,11 @@ _WEIGHT, _RATE = Between(0, 1e6), Between(0, 10, above=True)
 _NORMS = OneOf(("instance", "batch", "none"))
 RANGES: dict[str, Between | OneOf] = {
     "seed": Between(0, 2**31 - 1),
-    **dict.fromkeys(("n_train", "n_validation", "n_test", "epochs", "workers"), _COUNT),
+    **dict.fromkeys(("n_train", "n_validation", "n_test", "epochs", "workers", "task_validate_every"), _COUNT),
     "split": _SHARE,
     "overlap": Between(0, 0.95),
     "shape": Between(1, 4096),
+    "patch": Between(0, 4096),
     "voxel_mm": Between(0.01, 100),
     "i0_photons": Between(0, 1e12, above=True),
     "electronic_noise_photons": Between(0, 1e6),
@@ -67,6 +68,7 @@ RANGES: dict[str, Between | OneOf] = {
     "clip": Between(0, 1e3, above=True),
     "jobs": Between(-1, 1e4),
     "route": OneOf(("fast", "catsim")),
+    "task_dose": OneOf(("normal", "low")),
     "dice": OneOf(("batch", "sample")),
     "norm": _NORMS,
     "critic_norm": _NORMS,
