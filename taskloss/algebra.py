@@ -26,11 +26,16 @@ class Term(nn.Module):
     """
 
     reads: ClassVar[Target | None] = None
+    _where: ClassVar[str] = "term"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._where = snake_case(cls.__name__)  # once: a regular expression in every forward cannot be compiled
 
     @property
     def where(self) -> str:
         """The name that errors carry until a sum gives the term a better one."""
-        return snake_case(type(self).__name__)
+        return self._where
 
     def __add__(self, other: Term | LossSum) -> LossSum:
         return as_sum(self) + as_sum(other)

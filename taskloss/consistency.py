@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from taskloss.algebra import Term, to_scalar, zero_loss
 from taskloss.arguments import arguments, images_in
-from taskloss.audit import who_blocks
+from taskloss.blame import who_blocks
 from taskloss.checks import check_callable, check_image, check_same
 from taskloss.diagnosis import told
 from taskloss.features import check_layers

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from taskloss.algebra import Term, to_scalar, zero_loss
-from taskloss.audit import who_blocks
+from taskloss.blame import who_blocks
 from taskloss.checks import InputError, check_callable, check_image, check_same, shape
 from taskloss.frozen import Frozen, hold
 from taskloss.precision import full_precision, no_autocast

@@ -131,7 +131,7 @@ class Frozen(nn.Module):
     def wake_(self, awake: bool) -> None:
         """Put the modules that only hold others in training mode, or all in eval; layers stay in eval."""
         for _, module in modules_of(self.network):
-            module.training = awake and not _is_layer(module)
+            module.training = awake and not is_layer(module)
         self.is_awake = awake
 
     @contextlib.contextmanager
@@ -242,7 +242,7 @@ class Frozen(nn.Module):
         if not self._shared or torch.compiler.is_compiling():
             return
         for name, module in (*self.network.named_modules(), *self._unregistered):
-            if module.training and not (self.is_awake and not _is_layer(module)):
+            if module.training and not (self.is_awake and not is_layer(module)):
                 raise InputError(
                     "frozen",
                     f"the shared network's {name or 'root'!r} was switched to training mode; "
@@ -312,7 +312,7 @@ def _is_detector(network: nn.Module) -> bool:
     return any(k.__name__ in heads and k.__module__.startswith("torchvision.models.detection") for k in kinds)
 
 
-def _is_layer(module: nn.Module) -> bool:
+def is_layer(module: nn.Module) -> bool:
     """Whether a module computes something of its own, rather than only holding others together.
 
     Having children says little: attention has a child, yet its dropout is its own; a batch norm may own an activation.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from taskloss.algebra import Term, to_scalar, zero_loss
 from taskloss.arguments import arguments, images_in, split
-from taskloss.audit import who_blocks
+from taskloss.blame import who_blocks
 from taskloss.checks import InputError, check_callable, check_image
 from taskloss.diagnosis import refusal_of_prediction, told
 from taskloss.frozen import Frozen, freeze, hold

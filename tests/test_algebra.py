@@ -285,3 +285,16 @@ def test_survives_copying(clone) -> None:
     y = labels(x)
     twin = clone(loss)
     assert torch.equal(twin(x, reference=reference, label=y), loss(x, reference=reference, label=y))
+
+
+def test_a_terms_name_is_made_once_with_its_class(monkeypatch) -> None:
+    class PixelLoss(Fidelity):
+        pass
+
+    def fail(name):
+        raise AssertionError("a regular expression in a forward pass cannot be compiled")
+
+    term = PixelLoss(nn.MSELoss())
+    monkeypatch.setattr("taskloss.algebra.snake_case", fail)
+    assert term.where == "pixel_loss"
+    assert LossSum(a=term)(torch.ones(1, 1, 4), reference=torch.zeros(1, 1, 4)) == 1
