@@ -169,10 +169,11 @@ def sentences(found: Sequence[Comparison]) -> str:
     regained = percent(best.to_clean)
     helped = _count(confirmed, lambda c: c.guide.low > 0)
     carried = _count(confirmed, lambda c: c.unseen.low > 0 and c.holm < 0.05)
+    harmed = sum(c.unseen.high < 0 and c.holm < 0.05 for c in confirmed)
     reached = _count(confirmed, lambda c: c.transfer.mean >= TARGET.get(c.world, 0.5))
     lines = [
         f"**The guide.** A task term helps its own guide significantly in {helped}.",
-        f"**Unseen networks.** They gain significantly in {carried}; "
+        f"**Unseen networks.** They gain significantly in {carried} and lose significantly in {harmed}; "
         f"the largest gain is {shown(best.unseen)} points {where}, where the guide gains {shown(best.guide)}.",
         f"**Transfer.** {share(best.transfer)} of the guide's gain carries over there; the target, "
         f"{TARGET.get(best.world, 0.5)} on natural images and 0.5 on CT, is reached by the estimate in "
