@@ -23,7 +23,7 @@ FLOORS = [
     {"evaluation"},
     {"report", "study"},
 ]
-FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in sorted(rooms)}
 MODULES = sorted(HOUSE.rglob("*.py"))
 
 
