@@ -241,7 +241,7 @@ def draw(found: Sequence[Comparison], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.0, 5.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(7.0, 5.0 + 0.22 * len(found)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     ends = [0.0, 1.0, *(end for one in found for gain in (one.guide, one.unseen) for end in gain[:3] if end == end)]
@@ -274,7 +274,7 @@ def draw(found: Sequence[Comparison], path: Path) -> None:
     axes.set(xlabel="gain of the guide (points)", ylabel="mean gain of unseen networks (points)")
     axes.spines[["top", "right"]].set_visible(False)
     if found:
-        figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncol=1 if len(found) < 4 else 2)
+        figure.legend(fontsize=8, frameon=False, loc="outside lower center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", metadata={"Software": None})
 
