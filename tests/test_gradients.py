@@ -162,6 +162,13 @@ class TestHalfPrecision:
             cosine = torch.cosine_similarity(maps.maps[name].flatten(), expected.maps[name].flatten(), 0)
             assert cosine > 0.98, name
 
+    def test_a_gradient_that_float16_cannot_hold_inside_the_network_is_scaled(self) -> None:
+        loss = TaskOrientedLoss(self.net, lambda p, y: 0.01 * cross_entropy(p, y))
+        expected = gradient_maps(loss, self.x, label=self.y).norms()
+        with torch.autocast("cpu", torch.float16):
+            norms = gradient_maps(loss, self.x.half(), label=self.y).norms()
+        assert norms == pytest.approx(expected, rel=0.05)
+
     def test_a_scaled_gradient_that_overflows_is_taken_again(self) -> None:
         loss = Fidelity(nn.MSELoss(reduction="sum"), preprocess=lambda t: t.half() * 10)
         maps = gradient_maps(loss, self.x.half(), reference=self.reference)
