@@ -38,7 +38,7 @@ def quiet(monkeypatch) -> None:
 
 def test_leaves_the_tables_the_figures_and_one_page(run) -> None:
     figures = sorted(path.stem for path in (run / "figures").iterdir())
-    assert figures == ["dice", "fig2", "fig3", "learning", "task_learning"]
+    assert figures == ["dice", "fig2", "fig3", "learning", "opening", "task_learning"]
     page = (run / "report.html").read_text()
     assert 'src="http' not in page and page.count(";base64,") == len(figures)
     table = (run / "table.md").read_text()
@@ -159,7 +159,7 @@ SENTENCES = {
     "wrong length": (["--set", "shape=16,64"], "--set shape: expected tuple[int, int, int], got '16,64'"),
     "no value": (["--set", "steps"], "--set steps: expected FIELD=VALUE"),
     "no folder": (["--set", "data=nowhere"], "nowhere"),
-    "unknown optimiser": (["--set", "optimizer=sgd"], "optimizer: expected adam or rmsprop, got 'sgd'"),
+    "unknown optimiser": (["--set", "optimizer=sgd"], "optimizer: expected adam or rmsprop, got sgd"),
 }
 
 

@@ -24,9 +24,8 @@ class Between:
         return math.isfinite(value) and over and value <= self.high
 
     def __str__(self) -> str:
-        start = f"above {self.low:g}" if self.above else f"from {self.low:g} on"
         if self.high == math.inf:
-            return f"a finite number {start}"
+            return "a finite number" + (f" above {self.low:g}" if self.above else "")
         return f"a number {'above' if self.above else 'from'} {self.low:g} to {self.high:g}"
 
 
@@ -45,7 +44,7 @@ class OneOf:
 
 
 _COUNT, _SIZE, _SHARE = Between(0, 1e9), Between(1, 1e9), Between(0, 1)
-_WEIGHT, _RATE = Between(0, 1e6), Between(0, 10, above=True)
+_WEIGHT, _RATE = Between(0, 1e6), Between(0, above=True)
 _NORMS = OneOf(("instance", "batch", "none"))
 RANGES: dict[str, Between | OneOf] = {
     "seed": Between(0, 2**31 - 1),

@@ -55,7 +55,7 @@ def test_a_fan_is_rebinned_to_parallel_rays() -> None:
 
 @catsim
 def test_the_scanner_sees_what_the_projector_sees() -> None:
-    clean, _ = (parallel(s, BEAM) for s in route._scan(blobs(), VOXEL_MM, SETTINGS, (0, 0), BEAM))
+    clean, _ = (parallel(s, BEAM) for s in route.fan_scan(blobs(), VOXEL_MM, SETTINGS, (0, 0), BEAM))
     reference = BEAM.project(blobs()[None])[0]
     mu_water = (clean * reference).sum() / reference.square().sum()
     assert 0.018 < mu_water < 0.023

@@ -76,7 +76,7 @@ def test_a_stage_reads_its_groups_and_nothing_else() -> None:
 
 def test_all_but_what_is_set_aside_decides() -> None:
     assert set(decisive(only(Settings(), Seed, Patches, Machine))) == {
-        "seed", "shape", "overlap", "voxel_mm", "precision"
+        "seed", "shape", "overlap", "voxel_mm", "patch", "precision"
     }  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def degrade(run: Path, shift_hu: int = 7) -> None:
     """In the place of a simulation, which these tests are not about."""
     for path in (run / "cases").glob("*.pt"):
         save_tensors(run / "low_dose" / path.name, low_hu=load_tensors(path)["normal_hu"] + shift_hu)
-    write_text(run / "low_dose" / "manifest.json", json.dumps({"facts": shift_hu}))
+    write_text(run / "low_dose" / "manifest.json", json.dumps({"facts": {"shift_hu": shift_hu}, "results": {}}))
 
 
 def affine_of(codes="LPS", voxel_mm=(0.8, 0.8, 3.0), origin_mm=(-20.0, -30.0, 40.0)):

@@ -85,6 +85,7 @@ def test_pairs_of_two_patients_before_and_after_fine_tuning_on_the_other(output,
 
 def test_scans_are_judged_at_both_doses_through_every_denoiser(output, tmp_path) -> None:
     body = np.full((24, 24, 8), 40.0)
+    body[:2] = -1000  # air, without which this would look like no CT
     organ = np.zeros_like(body)
     organ[6:16, 6:16, 2:6] = 1
     write(tmp_path / "lits" / "volume-7.nii.gz", body + 30 * organ, (12.0, 12.0, 12.0))
