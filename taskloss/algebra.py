@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from taskloss.precision import full_precision
 
 Weight = float | Callable[[int], float]
 Target = Literal["reference", "label"]
+Kind = TypeVar("Kind", bound="Term")
 
 
 class Term(nn.Module):
@@ -27,6 +28,8 @@ class Term(nn.Module):
 
     reads: ClassVar[Target | None] = None
     _where: ClassVar[str] = "term"
+    if TYPE_CHECKING:  # nn.Module calls everything Any
+        __call__: Callable[..., Tensor]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -116,8 +119,16 @@ class LossSum(nn.Module):
         Task-Oriented Low-Dose CT Image Denoising, Eq. 8.
     """
 
-    def __init__(self, **terms: Term | LossSum) -> None:
+    if TYPE_CHECKING:
+        __call__: Callable[..., Tensor]
+
+    def __init__(self, *unnamed: NoReturn, **terms: Term | LossSum) -> None:
         super().__init__()
+        if unnamed:
+            example = getattr(unnamed[0], "where", "task")
+            raise TypeError(
+                f"loss_sum: its terms have names; write LossSum({example}={type(unnamed[0]).__name__}(...))"
+            )
         self.check_finite = True
         self.terms = nn.ModuleDict()
         self.weights: dict[str, Weight] = {}
@@ -277,6 +288,32 @@ class LossSum(nn.Module):
         return result
 
     __rmul__ = __mul__
+
+    @overload
+    def __getitem__(self, name: str) -> Any: ...
+
+    @overload
+    def __getitem__(self, name: tuple[str, type[Kind]]) -> Kind: ...
+
+    def __getitem__(self, name: str | tuple[str, type[Kind]]) -> Any:
+        """A term by its name; ``loss["task", TaskOrientedLoss]`` tells type checkers, and checks, which kind it is.
+
+        Raises:
+            InputError: If there is no such term.
+            TypeError: If it is of another kind.
+
+        Example:
+            >>> from taskloss import Fidelity
+            >>> LossSum(mse=0.5 * Fidelity(nn.MSELoss()))["mse"]
+            Fidelity(...)
+        """
+        key, kind = name if isinstance(name, tuple) else (name, Term)
+        if key not in self.terms:
+            raise InputError("loss_sum", f"there is no term {key!r}; {nearest(str(key), self.weights)}")
+        term = self.terms[key]
+        if not isinstance(term, kind):
+            raise TypeError(f"loss_sum: the term {key!r} is a {type(term).__name__}, not a {kind.__name__}")
+        return term
 
     def extra_repr(self) -> str:
         """The weights by name."""
