@@ -40,7 +40,7 @@ x_hat: Tensor = denoiser(low)
 numbers: dict[str, float] = critic.step(opt_d, x_hat.detach(), normal).floats("d/")
 distance: Tensor = other.distance(x_hat, normal)
 total: Tensor = loss(x_hat, reference=normal, label=label, step=3)
-total.backward()  # pyright: ignore[reportUnknownMemberType]
+total.backward()  # type: ignore[no-untyped-call]  # torch does not type its own
 
 task: TaskOrientedLoss = loss["task"]
 prediction: Tensor = loss["task"].predict(x_hat)
