@@ -109,14 +109,15 @@ def estimate(differences: Sequence[float]) -> Estimate:
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> Estimate:
-    """Ratio of two paired means with Fieller's 95 % interval; no bounds unless the lower one is surely positive.
+    """Ratio of two paired means with Fieller's 95 % interval; no bounds unless the lower one is surely positive, and no
+    ratio at all unless it is positive: of a gain that is none, nothing can carry over.
 
     Reference:
         Fieller, Some Problems in Interval Estimation, J. R. Stat. Soc. B 16, 1954.
     """
     n = len(above)
     a, b = (math.fsum(values) / max(n, 1) for values in (above, below))
-    if n == 0 or b == 0:
+    if n == 0 or b <= 0:
         return Estimate(math.nan, math.nan, math.nan, n)
     if n == 1:
         return Estimate(a / b, math.nan, math.nan, 1)
@@ -125,7 +126,7 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> Estimate:
     t2 = float(stats.t.ppf(0.975, n - 1)) ** 2
     square = b * b - t2 * var_b  # of the quadratic whose roots are the bounds
     inside = (a * b - t2 * cov) ** 2 - square * (a * a - t2 * var_a)
-    if b <= 0 or square <= 0 or inside < 0:
+    if square <= 0 or inside < 0:
         return Estimate(a / b, math.nan, math.nan, n)
     middle, reach = (a * b - t2 * cov) / square, math.sqrt(inside) / square
     return Estimate(a / b, middle - reach, middle + reach, n)
