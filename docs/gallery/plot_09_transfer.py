@@ -3,7 +3,8 @@ The transfer alarm
 ==================
 
 A restorer can learn to please the network that guides it and nobody else. :class:`~taskloss.TransferMeter` compares the
-guide's gain with that of networks which never took part, and says so in words. Two restorers of digits show both ends.
+guide's gain with that of networks which never took part, and says so in words; here of three restorers of digits, small
+enough that little carries over.
 """
 
 import torch
