@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 from pathlib import Path
 from typing import IO
 
 from .files import write_text
 
 _HELD: dict[Path, IO[bytes]] = {}  # for as long as the process lives; the system lets go of a lock when it ends
+
+
+@atexit.register
+def _let_go() -> None:
+    while _HELD:
+        _HELD.popitem()[1].close()
 
 
 def occupy(run: Path, settings_yaml: str) -> None:
