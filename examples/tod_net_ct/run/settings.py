@@ -37,6 +37,7 @@ class Data:
     n_train: int = 400  # 0 for scans: split all of them by patient, as `split` says
     n_validation: int = 12
     n_test: int = 40
+    assume_hu: bool = False  # take a scan's values for HU although they do not look like them
 
 
 @dataclass(frozen=True)

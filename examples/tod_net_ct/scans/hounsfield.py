@@ -39,7 +39,7 @@ def check_hu(path: Path, volume_hu: Tensor, *, assume_hu: bool = False) -> None:
         looks, mend = found
         raise ValueError(
             f"{path.name}: expected HU (air near -1000), got values from {low:g} to {high:g}, {looks}; "
-            f"{mend}, or say that they are HU with --assume-hu"
+            f"{mend}, or say that they are HU with --assume-hu (--set assume_hu=true in a run)"
         )
 
 

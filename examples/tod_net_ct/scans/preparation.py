@@ -115,26 +115,27 @@ def _scans(settings: Settings) -> list[Source]:
     for case in find_cases(settings.data):
         files = tuple(path for path in (case.scan, case.label, case.low) if path is not None)
         numbers = organ_labels(case, settings.organ)  # a wrong organ is told before anything is read
-        sources.append(Source(case.name, case.patient, files, partial(_read_scan, case, settings.organ, numbers)))
+        sources.append(Source(case.name, case.patient, files, partial(_read_scan, case, settings, numbers)))
     return sources
 
 
-def _read_scan(case: Case, organ: str, numbers: tuple[int, ...] | None) -> dict[str, Tensor]:
+def _read_scan(case: Case, settings: Settings, numbers: tuple[int, ...] | None) -> dict[str, Tensor]:
     try:
-        scan = read_scan(case.scan)
+        scan = read_scan(case.scan, assume_hu=settings.assume_hu)
         mask = torch.zeros(scan.volume_hu.shape, dtype=torch.bool)
         if case.label is not None:
             label = read_label(case.label, scan, allow_empty=case.low is not None)  # a single slice may lack the organ
             mask = label > 0 if numbers is None else torch.isin(label, torch.tensor(numbers, dtype=label.dtype))
             if not mask.any() and case.low is None:
                 raise ValueError(
-                    f"{case.label.name}: expected the organ {organ!r} (labels {_list(numbers or ())}), got labels "
-                    f"{_list(label.unique().tolist())}; take the case out, or pick label numbers with --set organ=1,2"
+                    f"{case.label.name}: expected the organ {settings.organ!r} (labels {_list(numbers or ())}), got "
+                    f"labels {_list(label.unique().tolist())}; take the case out, or pick label numbers with "
+                    "--set organ=1,2"
                 )
         tensors = _tensors(scan.volume_hu, mask, scan.voxel_mm)
         tensors["affine"] = torch.from_numpy(scan.grid_affine)
         if case.low is not None:
-            tensors["low_hu"] = _to_int16(read_low_dose(case.low, scan).volume_hu)
+            tensors["low_hu"] = _to_int16(read_low_dose(case.low, scan, assume_hu=settings.assume_hu).volume_hu)
     except ValueError as error:
         if case.name in str(error):
             raise
