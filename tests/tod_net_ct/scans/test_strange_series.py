@@ -195,8 +195,9 @@ def test_enhanced_multi_frame_is_the_scan_of_its_slices(tmp_path, axial):
     highdicom = pytest.importorskip("highdicom")
     slices = slices_of(hu_at())
     needed = dict.fromkeys(("ReferringPhysicianName", "PositionReferenceIndicator", "Laterality"), "")
-    needed |= dict.fromkeys(("StudyTime", "AcquisitionTime", "ContentTime"), "120000")
-    needed |= dict.fromkeys(("AcquisitionDate", "ContentDate"), "20200304") | {"AcquisitionNumber": 1}
+    noon, day = pydicom.valuerep.TM("120000"), pydicom.valuerep.DA("20200304")
+    needed |= dict.fromkeys(("StudyTime", "AcquisitionTime", "ContentTime"), noon)
+    needed |= dict.fromkeys(("AcquisitionDate", "ContentDate"), day) | {"AcquisitionNumber": 1}
     for ds in slices:
         for keyword, value in (needed | {"Manufacturer": "x", "SoftwareVersions": "1"}).items():
             setattr(ds, keyword, value)
