@@ -18,6 +18,7 @@ from .scores import (
     judges,
     measure_case,
     read_rows,
+    read_summary,
     training_view,
     values_of,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "measure_case",
     "measure_pairs",
     "read_rows",
+    "read_summary",
     "title",
     "training_view",
     "values_of",

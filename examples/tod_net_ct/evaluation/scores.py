@@ -33,6 +33,7 @@ from ..run import (
     is_done,
     only,
     progress,
+    read_json,
     write_text,
 )
 from ..scans import Cases, to_unit
@@ -74,9 +75,11 @@ def evaluate(settings: Settings, run: Path) -> Path:
     rows: list[Row] = []
     for i in progress(range(len(cases)), "evaluate"):
         path = done / f"{cases.paths[i].stem}.json"
-        if not path.exists():
-            write_text(path, json.dumps(measure_case(cases, i, settings, restorers, networks, device)))
-        rows += json.loads(path.read_text())
+        own = _kept(path)
+        if own is None:
+            own = measure_case(cases, i, settings, restorers, networks, device)
+            write_text(path, json.dumps(own))
+        rows += own
     write_text(folder / "cases.csv", _as_csv(rows))
     summary = {
         "n_cases": len(cases),
@@ -133,21 +136,46 @@ def measure_case(
     return rows
 
 
+def _kept(path: Path) -> list[Row] | None:
+    """A case's rows from a killed evaluation; None where there are none that can be used."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    whole = isinstance(rows, list) and rows and all(isinstance(row, dict) and "case" in row for row in rows)
+    return rows if whole else None
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """What ``evaluation/summary.json`` holds.
+
+    Raises:
+        ValueError: the file is missing, damaged, or lacks a part.
+    """
+    path = run / "evaluation" / "summary.json"
+    mend = f"remove the folder {path.parent} and run evaluate again"
+    summary = read_json(path, mend)
+    for part, kind in {"n_cases": int, "means": dict, "comparisons": list, "focus": dict}.items():
+        if not isinstance(summary.get(part), kind):
+            raise ValueError(f"{path}: expected the summary of an evaluation, got one without {part!r}; {mend}")
+    return summary
+
+
 def read_rows(run: Path) -> list[Row]:
     """The rows of ``evaluation/cases.csv``; NaN for a blank."""
     path = run / "evaluation" / "cases.csv"
+    mend = f"remove the folder {path.parent} and run evaluate again"
     try:
         with path.open(encoding="utf-8") as file:
             rows = [
                 {k: v if k in ("case", "dose", "denoiser") else float(v or "nan") for k, v in row.items()}
                 for row in csv.DictReader(file)
             ]
-    except (OSError, ValueError, AttributeError) as error:  # no file, no number, no text
-        raise ValueError(
-            f"{path}: expected the rows of an evaluation, got a damaged file; run evaluate again"
-        ) from error
-    if not rows:
-        raise ValueError(f"{path}: expected the rows of an evaluation, got none; run evaluate again")
+        whole = all(row["case"] and row["dose"] and row["denoiser"] for row in rows)
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, csv.Error) as error:  # no file, number, or text
+        raise ValueError(f"{path}: expected the rows of an evaluation, got a damaged file; {mend}") from error
+    if not rows or not whole:
+        raise ValueError(f"{path}: expected the rows of an evaluation, got none; {mend}")
     return rows
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-from ..evaluation import heading
+from ..evaluation import heading, read_summary
 from ..networks import load_denoiser, write_weights
 from ..run import PRESETS, Settings, digest, from_yaml, write_text
 
@@ -51,12 +50,9 @@ def export(run: Path, denoiser: str, output: Path, *, licence: str, data: str | 
     settings = from_yaml(run / "settings.yaml", PRESETS["demo"])
     if data is None and settings.data:
         raise ValueError("export: expected --data to say what the denoiser was trained on, got nothing; name the scans")
-    try:
-        summary = json.loads((run / "evaluation" / "summary.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{run.name}: expected a run with evaluation/summary.json, got none; run `evaluate` first"
-        ) from error
+    if not (run / "evaluation" / "summary.json").exists():
+        raise ValueError(f"{run.name}: expected a run with evaluation/summary.json, got none; run `evaluate` first")
+    summary = read_summary(run)
     data = data or "seeded abdominal phantoms (no patient's image)"
     network.facts |= {"i0_photons": settings.i0_photons, "dose_fraction": settings.dose_fraction, "data": data}
     network.facts |= {"licence": licence, "weights": digest(checkpoint)}

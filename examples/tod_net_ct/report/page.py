@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation import REFERENCE, Row, guide_of, heading, read_rows, title, values_of
+from ..evaluation import REFERENCE, Row, guide_of, heading, read_rows, read_summary, title, values_of
 from ..run import Settings, check_intact, read_json, replacing, results_of, write_text
 from . import paper, plots
 from .answers import answers, family_note, focus_sentences, number, sentence
@@ -36,7 +36,7 @@ def report(settings: Settings, run: Path) -> Path:
     if not (run / "evaluation" / "manifest.json").exists():
         raise ValueError(f"{run / 'evaluation'}: expected a finished evaluation, got none; run evaluate first")
     check_intact(run / "evaluation")
-    summary = read_json(run / "evaluation" / "summary.json")
+    summary = read_summary(run)
     rows = read_rows(run)
     found = tables(summary, settings.task_networks)
     write_tables(found, run / "tables")

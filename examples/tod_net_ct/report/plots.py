@@ -265,8 +265,22 @@ def task_figure(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Any | None
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """A training's ``log.csv``, without its blanks; empty if there is none."""
+    """A training's ``log.csv``, without its blanks; empty if there is none.
+
+    Raises:
+        ValueError: it is no table of numbers with a column for the step.
+    """
     if not path.exists():
         return []
-    with path.open() as file:
-        return [{key: float(text) for key, text in row.items() if text} for row in csv.DictReader(file)]
+    try:
+        with path.open(encoding="utf-8") as file:
+            rows = [{key: float(text) for key, text in row.items() if text} for row in csv.DictReader(file)]
+        steps = [row["step"] for row in rows]
+    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
+        raise ValueError(
+            f"{path}: expected the log of a training, got a damaged file; remove the folder {path.parent} and start "
+            "again"
+        ) from error
+    if not steps:
+        raise ValueError(f"{path}: expected the log of a training, got an empty file; remove the folder {path.parent}")
+    return rows

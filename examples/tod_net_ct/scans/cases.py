@@ -39,9 +39,16 @@ class Cases(Dataset[tuple[Tensor, Tensor, Tensor]]):
             check_intact(run / stage)
         self.paths = cases_of(run / "cases", split)
         manifest = read_json(run / "cases" / "manifest.json")
-        facts, self._about = manifest["facts"], manifest["results"]["cases"]
-        self.shape: tuple[int, int, int] = tuple(facts["shape"])
-        self.voxel_mm: tuple[float, float, float] = tuple(facts["voxel_mm"])
+        try:
+            facts, self._about = manifest["facts"], manifest["results"]["cases"]
+            self.shape: tuple[int, int, int] = tuple(facts["shape"])
+            self.voxel_mm: tuple[float, float, float] = tuple(facts["voxel_mm"])
+        except (KeyError, TypeError) as error:
+            folder = run / "cases"
+            raise ValueError(
+                f"{folder / 'manifest.json'}: expected a stage's manifest, got a damaged file; remove the folder "
+                f"{folder} and start again"
+            ) from error
         self.items = [(i, 0) for i in range(len(self.paths))]
         if split == "train":
             self.items = [

@@ -236,8 +236,13 @@ def _decathlon_labels(path: Path) -> Labels | None:
 def _by_patients_file(cases: list[Case], path: Path) -> list[Case]:
     if not path.is_file():
         return cases
-    with path.open(newline="") as file:
-        patients = {row[0].strip(): row[1].strip() for row in csv.reader(file) if len(row) == 2}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            patients = {row[0].strip(): row[1].strip() for row in csv.reader(file) if len(row) == 2}
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(
+            f"{path.name}: expected lines 'case,patient' in UTF-8, got another file; write it again"
+        ) from error
     for case in cases:
         if case.name not in patients:
             raise ValueError(f"{path.name}: expected a line 'case,patient' for {case.name}, got none; add it")

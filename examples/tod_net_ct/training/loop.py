@@ -131,14 +131,25 @@ class Point:
         save_tensors(self.path, state=state, random=torch.get_rng_state(), step=step, log=log, best=best)  # type: ignore[arg-type]
 
     def load(self) -> tuple[int, list[dict[str, float]], float]:
-        """Take the point up: the steps done, their log, and the best score; nothing done where there is none."""
+        """Take the point up: the steps done, their log, and the best score; nothing done where there is none.
+
+        Raises:
+            ValueError: the file is damaged, or the point of another training or of another program.
+        """
         if not self.path.is_file():
             return 0, [], float("inf")
         saved: dict[str, Any] = load_tensors(self.path)
-        for name, part in self.parts.items():
-            part.load_state_dict(saved["state"][name])
-        torch.set_rng_state(saved["random"])
-        return saved["step"], saved["log"], saved["best"]
+        try:
+            step, log, best = int(saved["step"]), [dict(row) for row in saved["log"]], float(saved["best"])
+            for name, part in self.parts.items():
+                part.load_state_dict(saved["state"][name])
+            torch.set_rng_state(saved["random"])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            raise ValueError(
+                f"{self.path}: expected the point of this training to go on from, got another's; remove the folder "
+                f"{self.path.parent} and start again"
+            ) from error
+        return step, log, best
 
 
 class Board:

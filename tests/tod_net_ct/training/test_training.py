@@ -155,13 +155,42 @@ def test_a_task_network_resumes_as_well(run, tmp_path, monkeypatch) -> None:
     assert digest(run / "task" / "unet" / "weights.pt") == digest(whole / "task" / "unet" / "weights.pt")
 
 
-def test_other_settings_do_not_resume_from_an_old_point(run) -> None:
-    folder = run / "denoisers" / "mse_wgan"
-    folder.mkdir(parents=True)
-    (folder / "begun.json").write_text(json.dumps({"denoiser": "mse_wgan", "width": 9}))
-    (folder / "last.pt").write_bytes(b"of another training")
-    train_denoiser("mse_wgan", replace(TINY, steps=1), run)
-    assert (folder / "manifest.json").exists()
+def test_other_settings_do_not_resume_from_an_old_point(run, tmp_path, monkeypatch) -> None:
+    """Killed at a higher learning rate, then trained at another: as if the first had never been."""
+    settings = replace(TINY, steps=4, save_every=1, validate_every=4)
+    fresh = Path(shutil.copytree(run, tmp_path / "fresh"))
+    train_denoiser("mse", settings, fresh)
+    with monkeypatch.context() as patch:
+        kill_at(3, patch)
+        with pytest.raises(KilledError):
+            train_denoiser("mse", replace(settings, learning_rate=5e-2), run)
+    folder = run / "denoisers" / "mse"
+    assert load_tensors(folder / "last.pt")["step"] == 2
+    train_denoiser("mse", settings, run)
+    for name in ("best.pt", "log.csv"):
+        assert digest(folder / name) == digest(fresh / "denoisers" / "mse" / name), name
+
+
+def test_a_point_that_is_another_s_is_told(run, monkeypatch) -> None:
+    settings = replace(TINY, steps=4, save_every=1, validate_every=4)
+    with monkeypatch.context() as patch:
+        kill_at(3, patch)
+        with pytest.raises(KilledError):
+            train_denoiser("mse", settings, run)
+    path = run / "denoisers" / "mse" / "last.pt"
+    whole = load_tensors(path)
+    others = [{"weight": torch.zeros(3)}, whole | {"state": {}}, whole | {"log": 3}, whole | {"random": torch.zeros(3)}]
+    for other in others:
+        torch.save(other, path)
+        with pytest.raises(
+            ValueError, match=r"last.pt: expected the point of this training to go on from, got another"
+        ):
+            train_denoiser("mse", settings, run)
+    path.write_bytes(b"PK")
+    with pytest.raises(
+        ValueError, match=r"last.pt: expected tensors that this run wrote, got a damaged or foreign file"
+    ):
+        train_denoiser("mse", settings, run)
 
 
 @pytest.mark.parametrize("launcher", ["devices=2", "torchrun"])
