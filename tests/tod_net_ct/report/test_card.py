@@ -36,7 +36,8 @@ def run(tmp_path):
     write_text(folder / "settings.yaml", PRESETS["smoke"].with_overrides({"voxel_mm": "6,3,3"}).to_yaml())
     means = {"none": {"roi_rmse_hu": number(80.0), "unet_dice": number(61.0)},
              "tod_net": {"roi_rmse_hu": number(31.25), "unet_dice": number(93.5)}}  # fmt: skip
-    write_text(folder / "evaluation" / "summary.json", json.dumps({"n_cases": 3, "means": {"low": means}}))
+    summary = {"n_cases": 3, "means": {"low": means}, "comparisons": [], "focus": {}}
+    write_text(folder / "evaluation" / "summary.json", json.dumps(summary))
     return folder
 
 
