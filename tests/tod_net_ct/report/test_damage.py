@@ -8,8 +8,7 @@ import pytest
 
 pytest.importorskip("monai")
 
-from examples.tod_net_ct.evaluation import read_rows, read_summary  # noqa: E402
-from examples.tod_net_ct.evaluation.scores import _kept  # noqa: E402
+from examples.tod_net_ct.evaluation import read_rows, read_summary, scores  # noqa: E402
 from examples.tod_net_ct.report.plots import read_log  # noqa: E402
 
 WHOLE = {"n_cases": 1, "means": {}, "comparisons": [], "focus": {}}
@@ -61,5 +60,5 @@ def test_a_log_that_is_none(tmp_path, content):
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"[1]", b"\xff", b"[{}]"])
 def test_a_damaged_part_of_a_killed_evaluation_is_measured_again(tmp_path, content):
-    assert _kept(file_at(tmp_path / "test-000.json", content)) is None
-    assert _kept(file_at(tmp_path / "test-000.json", b'[{"case": "test-000"}]')) == [{"case": "test-000"}]
+    assert scores._kept(file_at(tmp_path / "test-000.json", content)) is None
+    assert scores._kept(file_at(tmp_path / "test-000.json", b'[{"case": "test-000"}]')) == [{"case": "test-000"}]
