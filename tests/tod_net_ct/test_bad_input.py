@@ -166,6 +166,14 @@ def test_a_case_that_cannot_be_used(fault, lits, tmp_path, capsys) -> None:
     assert_nothing_half_written(tmp_path / "run")
 
 
+def test_a_run_takes_for_hu_what_it_is_told_to(lits, tmp_path, capsys) -> None:
+    save(lits / "volume-1.nii.gz", (body() + 1024).clip(0, 4095))
+    assert "(--set assume_hu=true in a run)" in refused(prepare_command(lits, tmp_path / "run"), capsys)
+    assert main(prepare_command(lits, tmp_path / "run", "--set=assume_hu=true")) == 0
+    least = [int(load_tensors(path)["normal_hu"].min()) for path in (tmp_path / "run" / "cases").glob("*.pt")]
+    assert sorted(least)[-1] >= 0 > sorted(least)[-2], "the one scan without negative values came as it was"
+
+
 def test_after_the_mend_the_same_command_goes_on(lits, tmp_path, capsys) -> None:
     good = (lits / "volume-1.nii.gz").read_bytes()
     truncate(lits / "volume-1.nii.gz")

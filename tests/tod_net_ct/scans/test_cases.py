@@ -306,10 +306,10 @@ def test_scans_are_prepared_one_at_a_time(tmp_path, monkeypatch) -> None:
     alive: list[weakref.ref] = []
     most = 0
 
-    def watched(path, read=stage.read_scan):
+    def watched(path, read=stage.read_scan, **how):
         nonlocal most
         most = max(most, sum(ref() is not None for ref in alive))
-        scan = read(path)
+        scan = read(path, **how)
         alive.append(weakref.ref(scan.volume_hu))
         return scan
 
