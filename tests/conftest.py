@@ -4,6 +4,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+torch.manual_seed(0)  # for what the files draw while they are collected
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,8 @@ from taskloss import (
     gradient_maps,
 )
 
+torch.manual_seed(0)
+
 
 def warm_up(step: int) -> float:
     return min(1.0, step / 500)
@@ -31,7 +33,7 @@ loss = LossSum(
     same=0.1 * TaskConsistencyLoss(segmenter, nn.MSELoss()),
     mse=0.5 * Fidelity(nn.MSELoss()),
 )
-denoiser = nn.Conv2d(1, 1, 3, padding=1)
+denoiser = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Sigmoid())
 opt_d = torch.optim.RMSprop(critic.parameters(), lr=5e-4)
 low, normal = torch.rand(2, 1, 8, 8), torch.rand(2, 1, 8, 8)
 label = torch.ones(2, 8, 8, dtype=torch.long)
