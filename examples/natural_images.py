@@ -109,16 +109,17 @@ class Setting:
     n_guides: int = 1
     shares: dict[str, float] = field(default_factory=lambda: {"mse": 1.0, "task": 1.0})
     augment: bool = False
+    ensemble: str = "turns"  # or "mean": every guide in every step
     span: tuple[float, float] = (0.0, 1.0)  # part of the training during which the guides speak
 
     def loss(self, networks: dict[str, nn.Module], steps: int) -> LossSum:
-        """The sum of the terms that have a share; several guides take turns, so that they cost little more than one."""
+        """The sum of the terms that have a share; guides in turns cost little more than one."""
         guides = list(networks.values())[: max(1, self.n_guides)]
         view = augmented if self.augment else None
         layers = ["layer1", "layer2", "layer3"]
         terms = {
             "mse": lambda: Fidelity(nn.MSELoss()),
-            "task": lambda: TaskOrientedLoss(guides, nn.CrossEntropyLoss(), preprocess=view, ensemble="turns"),
+            "task": lambda: TaskOrientedLoss(guides, nn.CrossEntropyLoss(), preprocess=view, ensemble=self.ensemble),
             "features": lambda: TaskConsistencyLoss(guides[0], nn.MSELoss(), layers=layers),
             "label_free": lambda: TaskConsistencyLoss(guides[0], soft_kl),
         }
@@ -141,6 +142,9 @@ SETTINGS = {
     "mse": Setting(n_guides=0, shares={"mse": 1.0}),
     "task": Setting(),
     "two_guides": Setting(n_guides=2),
+    "guides_together": Setting(n_guides=2, ensemble="mean"),
+    "together_more_task": Setting(n_guides=2, shares={"mse": 1.0, "task": 3.0}, ensemble="mean"),
+    "three_together": Setting(n_guides=3, ensemble="mean"),
     "augmented": Setting(augment=True),
     "two_augmented": Setting(n_guides=2, augment=True),
     "features": Setting(shares={"mse": 1.0, "features": 1.0}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,13 +72,11 @@ def test_a_second_run_finds_everything_done(run) -> None:
 
 
 def test_a_changed_setting_redoes_what_depends_on_it_alone(run, tmp_path) -> None:
-    import shutil
-
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
+    copy = shutil.copytree(run, tmp_path / "run")
     names = ("cases", "task/unet", "denoisers/mse_wgan", "denoisers/tod_net")
     stamps = [(copy / name / "manifest.json").stat().st_mtime_ns for name in names]
-    assert main(["run", "smoke", "--output", str(copy), "--set", "share_task=3"]) == 0
+    for stage in ("prepare", "simulate", "train-task", "train-denoiser"):
+        assert main([stage, "smoke", "--output", str(copy), "--set", "share_task=3"]) == 0
     redone = [(copy / name / "manifest.json").stat().st_mtime_ns != t for name, t in zip(names, stamps, strict=True)]
     assert redone == [False, False, False, True]
 
@@ -115,7 +114,9 @@ def test_a_stage_killed_midway_counts_as_not_done(tmp_path, monkeypatch) -> None
 
 
 def test_the_same_seed_gives_the_same_weights(run, tmp_path) -> None:
-    assert main(["run", "smoke", "--output", str(tmp_path)]) == 0
+    for stage in ("prepare", "simulate", "train-task", "train-denoiser"):
+        only = ["--only", {"train-task": "unet", "train-denoiser": "tod_net"}[stage]] if "train" in stage else []
+        assert main([stage, "smoke", "--output", str(tmp_path), *only]) == 0
     digests = [
         json.loads((folder / "denoisers" / "tod_net" / "manifest.json").read_text())["results"]["digest"]
         for folder in (run, tmp_path)
@@ -131,9 +132,11 @@ def test_the_log_has_every_term_its_weight_and_its_gradient_norm(run) -> None:
         assert float(rows[-1][f"norm/{term}"]) > 0 and float(rows[-1][f"weight/{term}"]) > 0 and rows[0][f"g/{term}"]
 
 
-def test_the_papers_fixed_weights_are_one_option_away(tmp_path) -> None:
-    assert main(["run", "smoke", "--output", str(tmp_path), "--set", "balance=false", "--set", "steps=2"]) == 0
-    with (tmp_path / "denoisers" / "tod_net" / "log.csv").open() as file:
+def test_the_papers_fixed_weights_are_one_option_away(run, tmp_path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    options = ["--only", "tod_net", "--set", "balance=false", "--set", "steps=2"]
+    assert main(["train-denoiser", "smoke", "--output", str(copy), *options]) == 0
+    with (copy / "denoisers" / "tod_net" / "log.csv").open() as file:
         row = list(csv.DictReader(file))[-1]
     assert [float(row[f"weight/{t}"]) for t in ("adv", "task", "mse")] == [1.0, 1.0, 0.5]
 
