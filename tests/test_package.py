@@ -83,10 +83,41 @@ def test_the_core_imports_torch_and_the_standard_library_alone() -> None:
     assert extra <= {"taskloss"} | {m for m in extra if m.startswith("__editable__")}, extra
 
 
-def test_import_costs_at_most_50_ms_over_torch() -> None:
+def loaded_by(code: str) -> set[str]:
+    """The library's modules that are there after some lines, in a process of their own."""
+    code += "; import sys; print(*(m.removeprefix('taskloss.') for m in sys.modules if m.startswith('taskloss.')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_nothing_is_imported_before_it_is_asked_for() -> None:
+    assert loaded_by("import taskloss; dir(taskloss)") == {"_version"}
+    training = "from taskloss import AdversarialLoss, Fidelity, LossSum, TaskOrientedLoss, WassersteinCritic"
+    assert not loaded_by(training) & {"audit", "figures", "gradients", "history", "page", "signals", "transfer"}
+
+
+def test_every_name_is_found_where_type_checkers_look_for_it() -> None:
+    seen = {
+        f"taskloss.{home}": tuple(sorted(names))
+        for home, names in taskloss._HOMES.items()
+        if all(getattr(taskloss, name).__module__ == f"taskloss.{home}" for name in names)
+    }
+    typed = {
+        node.module: tuple(sorted(alias.name for alias in node.names))
+        for node in ast.walk(ast.parse((ROOT / "taskloss" / "__init__.py").read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module not in ("typing", "importlib", "taskloss._version")
+    }
+    assert seen == typed
+    assert sorted([*taskloss._HOME, "__version__"]) == sorted(taskloss.__all__)
+    with pytest.raises(AttributeError, match="module 'taskloss' has no attribute 'TaskLoss'"):
+        taskloss.TaskLoss  # noqa: B018
+
+
+@pytest.mark.parametrize("names", ["", "; from taskloss import *"], ids=["import", "every name"])
+def test_import_costs_at_most_50_ms_over_torch(names) -> None:
     # Processor time, and the least of a few: a busy machine must not fail the library. With bytecode, as installed.
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
-    code = "import time, torch; t = time.process_time(); import taskloss; print(time.process_time() - t)"
+    code = f"import time, torch; t = time.process_time(); import taskloss{names}; print(time.process_time() - t)"
     costs = []
     while len(costs) < 4 and not (costs and costs[-1] <= 0.05):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
