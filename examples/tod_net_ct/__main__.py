@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from .dose import degradation as degrade
 from .evaluation import evaluate, pairs
@@ -28,6 +30,32 @@ EXTRAS = {"distributed": "cluster", "gecatsim": "faithful", "bm3d": "classics"} 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run, and turn a caller's mistake into one sentence and exit code 2."""
     args = parser().parse_args(arguments)
+    with _notes():
+        return _run(args)
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    """Print the example's own warnings as one line each; what other libraries warn of is left as it is."""
+    others = warnings.showwarning
+    here = Path(__file__).parent
+
+    def show(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int,
+        file: TextIO | None = None, line: str | None = None,
+    ) -> None:  # fmt: skip
+        if here in Path(filename).parents:
+            print(f"note: {message}", file=sys.stderr)
+        else:
+            others(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def _run(args: argparse.Namespace) -> int:
+    """The command that was typed: its exit code."""
     try:
         if args.command == "denoise":
             return denoise.main(args)

@@ -60,7 +60,8 @@ def catsim_low_dose(
         All tissue is water of the density that gives its HU. `mu_w` is the water value of the slice's own noiseless
         reconstruction. No scatter, crosstalk or lag (CatSim can; its defaults do not).
     """
-    beam = ParallelBeam(tuple(normal_hu.shape[1:]), settings.n_views, voxel_mm[2])
+    _, height, width = normal_hu.shape
+    beam = ParallelBeam((height, width), settings.n_views, voxel_mm[2])
     low, stds = torch.empty_like(normal_hu), []
     for i, plane in enumerate(normal_hu):
         density = 1 + plane.clamp(min=AIR_HU) / 1000

@@ -52,6 +52,10 @@ class _Linear(torch.autograd.Function):
 class _SparseMatrix(nn.Module):
     """A real matrix in compressed rows; plain buffers, because torch cannot deep-copy a CSR tensor."""
 
+    start: Tensor
+    index: Tensor
+    value: Tensor
+
     def __init__(self, start: Tensor, index: Tensor, value: Tensor, n_columns: int) -> None:
         super().__init__()
         self.n_columns = n_columns
@@ -117,6 +121,11 @@ class ParallelBeam(nn.Module):
         P. J. Beatty, D. G. Nishimura and J. M. Pauly, "Rapid gridding reconstruction with a minimal
         oversampling ratio", IEEE Trans. Med. Imaging 24(6), 2005.
     """
+
+    _rows: Tensor
+    _columns: Tensor
+    _phase: Tensor
+    _twice: Tensor
 
     def __init__(
         self,

@@ -163,7 +163,8 @@ def low_dose(
     if isinstance(generator, int):
         generator = torch.Generator().manual_seed(generator)
     dtype = torch.float64 if volume_hu.dtype == torch.float64 else torch.float32
-    size, pixel_mm = tuple(volume_hu.shape[1:]), float(voxel_mm[2])
+    _, height, width = volume_hu.shape
+    size, pixel_mm = (height, width), float(voxel_mm[2])
     if beam is None:
         beam = ParallelBeam(size, n_views, pixel_mm, dtype=dtype).to(volume_hu.device)
     elif beam.shape != size or not math.isclose(beam.pixel_mm, pixel_mm, rel_tol=1e-4):

@@ -97,7 +97,7 @@ def evaluate(settings: Settings, run: Path) -> Path:
 def judges(settings: Settings, run: Path, device: torch.device) -> dict[str, nn.Module]:
     """Every task network, in the layout in which 3-D convolutions run fastest."""
     layout = torch.channels_last_3d
-    return {n: load_task(settings, run, n).to(device, memory_format=layout) for n in settings.task_networks}
+    return {n: load_task(settings, run, n).to(device).to(memory_format=layout) for n in settings.task_networks}
 
 
 def device_of(settings: Settings) -> torch.device:
@@ -215,7 +215,7 @@ def comparisons(rows: Sequence[Row], denoisers: Sequence[str], networks: Sequenc
     }
     result = []
     for table, (dose, pairs, keys) in families.items():
-        family = []
+        family: list[Row] = []
         for ours, theirs in pairs:
             for key in keys:
                 gap = paired(values_of(rows, dose, ours, key), values_of(rows, dose, theirs, key))

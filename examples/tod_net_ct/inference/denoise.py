@@ -6,8 +6,6 @@ import argparse
 import hashlib
 import math
 import os
-import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -106,13 +104,12 @@ def denoise_file(
         write_series(target, result_hu, like, method=method, overwrite=overwrite)
     else:
         write_scan(target, result_hu, like)
-    if task_network is None or label_path is None:
+    if task is None or task_network is None or label_path is None:
         return [target]
     label = _segment(result_hu, scan, task_network, device)
     paths = [target, _write_label(label_path, label, scan)]
-    if (
-        isinstance(scan, Series) and seg_path is not None
-    ):  # laid over the denoised series where there is one, else over the source
+    if isinstance(scan, Series) and seg_path is not None:
+        # laid over the denoised series where there is one, else over the source
         files = scan.slices if is_nifti else sorted(target.iterdir())
         names = _label_names(task_network, max(1, int(label.max())))
         paths.append(write_segmentation(seg_path, label, scan, files, names, method=Path(task).name))
@@ -166,23 +163,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the subcommand `denoise`; a wrong file or option raises a one-sentence ValueError."""
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
-        paths = denoise_file(
-            args.checkpoint,
-            args.input,
-            args.output,
-            device=args.device,
-            tile=args.tile,
-            statistics=args.statistics,
-            memory_gb=args.memory_gb,
-            overwrite=args.overwrite,
-            series=args.series,
-            template=args.template,
-            task=args.task,
-            assume_hu=args.assume_hu,
-            show_progress=True,
-        )
+    paths = denoise_file(
+        args.checkpoint,
+        args.input,
+        args.output,
+        device=args.device,
+        tile=args.tile,
+        statistics=args.statistics,
+        memory_gb=args.memory_gb,
+        overwrite=args.overwrite,
+        series=args.series,
+        template=args.template,
+        task=args.task,
+        assume_hu=args.assume_hu,
+        show_progress=True,
+    )
     for path in paths:
         print(f"wrote {path}")
     return 0
@@ -260,12 +255,14 @@ def _segment(volume_hu: Tensor, scan: Scan, network: nn.Module, device: torch.de
     """The task network's label map of a denoised scan, on the scan's grid."""
     from .segmentation import segment
 
-    return segment(network.to(device), volume_hu, scan.voxel_mm, network.facts.get("voxel_mm"), device=device)
+    return segment(
+        network.to(device), volume_hu, scan.voxel_mm, getattr(network, "facts", {}).get("voxel_mm"), device=device
+    )
 
 
 def _label_names(network: nn.Module, n: int) -> list[str]:
     """What the classes from 1 to n are called: as the network's training said, else by number."""
-    names = list(network.facts.get("class_names") or [])
+    names = list(getattr(network, "facts", {}).get("class_names") or [])
     return [*names[:n], *(f"class {k}" for k in range(len(names) + 1, n + 1))]
 
 

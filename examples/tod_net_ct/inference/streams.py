@@ -49,7 +49,7 @@ class Streams:
         self.read, self.config, self.slab, self.kept_channels = read, network.config, slab, kept_channels
         self.n_slices, *self.plane = shape
         self.convs: list[nn.Conv3d] = [*network.widen, *network.narrow]
-        self.eps = [norm.eps for norm in network.norms]
+        self.eps = [float(norm.eps) for norm in network.norms if isinstance(norm, nn.InstanceNorm3d)]
         self.scale_and_shift: list[tuple[Tensor, Tensor]] = []  # of each layer that is measured
         self.kept_layer = 0
         pixels = self.plane[0] * self.plane[1]
@@ -75,7 +75,8 @@ class Streams:
                 scale = (moments.variance + self.eps[layer - 1]).rsqrt()
                 columns = (t.float().to(self._kept.device) for t in (scale, -moments.mean * scale))
                 # Along a whole row: an operand of a few channels alone would make short loops.
-                self.scale_and_shift.append(tuple(t.repeat(self.plane[1]) for t in columns))
+                along_row, shift = (t.repeat(self.plane[1]) for t in columns)
+                self.scale_and_shift.append((along_row, shift))
                 if self._keeps(layer):
                     self.kept_layer = layer
             del take, features  # else the next pass's windows come on top of this one's

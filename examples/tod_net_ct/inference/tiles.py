@@ -211,7 +211,8 @@ def fix_statistics(
             for part in tiles:
                 with suppress(_EnoughError):
                     network(read(part))
-                features = seen.pop()[(0, slice(None), *part.core_in_read)]  # (channels, D, H, W)
+                core = (slice(None), *part.core_in_read)
+                features = seen.pop()[0][core]  # (channels, D, H, W)
                 for plane in features.unbind(1):
                     moments.add(plane.permute(1, 2, 0).contiguous()[None])
                 del features

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,11 @@ from .checkpoint import read_checkpoint, write_checkpoint
 
 UNET_SIDE_MULTIPLE = 8
 _FORMAT = "taskloss tod_net_ct denoiser 1"
-_NORMS = {"instance": nn.InstanceNorm3d, "batch": nn.BatchNorm3d, "none": lambda channels: nn.Identity()}
+_NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "instance": nn.InstanceNorm3d,
+    "batch": nn.BatchNorm3d,
+    "none": lambda channels: nn.Identity(),
+}
 _ACTIVATIONS = ("none", "tanh")
 
 

@@ -18,6 +18,7 @@ FEW_CASES = 5
 def opening_figure(shown: Pictures, columns: Sequence[str]) -> Any:
     """The organ's surroundings in one axial slice, an image for each column, with the true outline."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     dy, dx = shown.voxel_mm[1:]
     where = shown.mask if shown.mask.any() else shown.images["normal_dose"] > -300
@@ -25,8 +26,8 @@ def opening_figure(shown: Pictures, columns: Sequence[str]) -> Any:
     rows, cols = (_around(where[z].any(axis), n) for axis, n in zip((1, 0), where.shape[1:], strict=True))
     ratio = ((rows.stop - rows.start) * dy) / ((cols.stop - cols.start) * dx)
     side = 3.0  # inches of an image
-    figure = Figure(figsize=(side * len(columns), side * ratio + 0.4), layout="constrained", dpi=130)
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01)
+    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.01)
+    figure = Figure(figsize=(side * len(columns), side * ratio + 0.4), layout=layout, dpi=130)
     for panel, name in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
         panel.imshow(to_unit(shown.images[name][z, rows, cols]).numpy(), cmap="gray", vmin=0, vmax=1, aspect=dy / dx)
         truth = shown.mask[z, rows, cols].numpy()

@@ -32,7 +32,7 @@ QUALITY_COLUMNS = ("ROI SSIM (%)", "ROI RMSE (HU)", "ROI PSNR (dB)", "SSIM (%)",
 DICE_COLUMNS = ("U-Net", "Vox-ResNet", "V-Net", "Res-U-Net")
 
 # By organ: LiTS is the liver, KiTS the kidney
-TABLE_1 = {
+TABLE_1: dict[str, dict[str, tuple[float, ...]]] = {
     "liver": {
         "VGG-WGAN": (29.5, 53.0, 17.7, 72.3, 32.9, 22.3),
         "MSE-WGAN": (35.1, 41.8, 19.8, 74.7, 31.8, 22.3),
@@ -46,7 +46,7 @@ TABLE_1 = {
         "TOD-Net": (61.1, 45.5, 19.0, 69.3, 32.9, 22.0),
     },
 }
-TABLE_2 = {
+TABLE_2: dict[str, dict[str, tuple[float, ...]]] = {
     "liver": {
         "No denoiser": (88.75, 79.82, 89.75, 90.36),
         "VGG-WGAN": (92.34, 90.44, 91.21, 91.82),
@@ -62,7 +62,7 @@ TABLE_2 = {
         "TOD-Net": (90.21, 89.81, 89.83, 90.03),
     },
 }
-TABLE_3 = {
+TABLE_3: dict[str, dict[str, tuple[float, ...]]] = {
     "liver": {"No denoiser": (94.33, 92.19, 92.82, 93.51), "TOD-Net": (95.01, 92.43, 93.44, 93.21)},
     "kidney": {"No denoiser": (90.93, 89.39, 89.58, 89.81), "TOD-Net": (91.52, 90.41, 91.37, 91.03)},
 }

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from taskloss import gradient_maps, plot_gradient_maps
+from taskloss import TaskOrientedLoss, gradient_maps, plot_gradient_maps
 
 from ..evaluation import Row, device_of, figure_loss, half_trained, title, training_view, values_of
 from ..inference import segment
@@ -75,13 +75,14 @@ def gradient_figure(settings: Settings, run: Path, index: int) -> Any | None:
     maps = gradient_maps(loss, x_hat, reference=normal, label=mask)
     titles = {"mse": "MSE", "l1": "L1", "perceptual": "perceptual", "task": "task"}
     return plot_gradient_maps(
-        maps, prediction=loss.terms["task"].predict(x_hat), roi=mask, window=(0, 1), titles=titles
+        maps, prediction=loss["task", TaskOrientedLoss].predict(x_hat), roi=mask, window=(0, 1), titles=titles
     )
 
 
 def case_figure(shown: Pictures, network: str, columns: Sequence[str]) -> Any:
     """The paper's Fig. 3: images, differences to normal dose and the segmentation's errors, axial and coronal."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.patches import Patch
 
     planes = _planes(shown)
@@ -89,8 +90,8 @@ def case_figure(shown: Pictures, network: str, columns: Sequence[str]) -> Any:
     ratios = [height / wide for _, _, _, height in planes] * 3
     side = 2.35  # inches of a column
     heights = [side * ratio for ratio in ratios]
-    figure = Figure(figsize=(side * len(columns) + 0.9, sum(heights) + 1.6), layout="constrained", dpi=130)
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
+    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
+    figure = Figure(figsize=(side * len(columns) + 0.9, sum(heights) + 1.6), layout=layout, dpi=130)
     grid = figure.subplots(6, len(columns), squeeze=False, height_ratios=ratios)
     normal = shown.images["normal_dose"].clamp(*WINDOW_HU)
     labels = [f"{what}\n{plane}" for what in ("image", "difference", "errors") for plane in ("axial", "coronal")]

@@ -161,7 +161,9 @@ def _lengths_mm(header: Any, keyword: str) -> list[float]:
     return lengths_mm
 
 
-def _check_spacing(headers: Sequence[Any], at: np.ndarray, normal: np.ndarray, step: np.ndarray, pixel_mm: float):
+def _check_spacing(
+    headers: Sequence[Any], at: np.ndarray, normal: np.ndarray, step: np.ndarray, pixel_mm: float
+) -> None:
     gaps_mm = np.diff(at @ normal)
     usual_mm = float(np.sort(gaps_mm)[(len(gaps_mm) - 1) // 2])  # the lower median: missing slices only widen gaps
     for a, b, gap_mm in zip(headers, headers[1:], gaps_mm, strict=False):

@@ -52,7 +52,7 @@ def write_series(
     check_like(folder, volume_hu, like)
     values = np.ascontiguousarray(volume_hu.detach().cpu().numpy(), np.float32)
     content = hashlib.sha256(values.data).hexdigest() + method
-    values = np.flip(values, [k for k in range(3) if like.flipped[k]]).transpose(np.argsort(like.axes))
+    values = np.flip(values, tuple(k for k in range(3) if like.flipped[k])).transpose(np.argsort(like.axes))
     clipped = 0
     with _replacing_folder(folder) as unfinished:
         for k, file in enumerate(like.slices):
@@ -103,8 +103,10 @@ def _to_stored(dataset: Any, source: np.ndarray, wanted_hu: np.ndarray) -> tuple
     slope, intercept = rescale(dataset)
     kept = wanted_hu == slice_hu(dataset, source)
     if (padding := dataset.get("PixelPaddingValue")) is not None:
-        ends = [int(padding), int(dataset.get("PixelPaddingRangeLimit", padding))]
-        ends = np.array([end & 0xFFFF for end in ends], np.uint16).view(source.dtype)  # some files mix up the sign
+        limit = dataset.get("PixelPaddingRangeLimit", padding)
+        ends = np.array([int(end) & 0xFFFF for end in (padding, limit)], np.uint16).view(
+            source.dtype
+        )  # some files mix up the sign
         kept |= (source >= ends.min()) & (source <= ends.max())
     limits = np.iinfo(source.dtype)
     wanted = np.where(kept, source, np.rint((wanted_hu.astype(np.float64) - intercept) / slope))

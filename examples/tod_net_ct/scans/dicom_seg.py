@@ -45,9 +45,12 @@ def write_segmentation(
     from pydicom import dcmread, uid
     from pydicom.sr.codedict import codes
 
-    values = np.flip(label.cpu().numpy().astype(np.uint8), [k for k in range(3) if like.flipped[k]])
+    values = np.flip(label.cpu().numpy().astype(np.uint8), tuple(k for k in range(3) if like.flipped[k]))
     frames = np.ascontiguousarray(values.transpose(np.argsort(like.axes)).transpose(2, 1, 0))  # slices, rows, columns
-    entropy = [str(dcmread(files[0], stop_before_pixels=True).SeriesInstanceUID), hashlib.sha256(frames).hexdigest()]
+    entropy = [
+        str(dcmread(files[0], stop_before_pixels=True).SeriesInstanceUID),
+        hashlib.sha256(frames.data).hexdigest(),
+    ]
 
     def concept(name: str) -> Any:
         return getattr(codes.SCT, _CODED.get(name, "AnatomicalStructure"))

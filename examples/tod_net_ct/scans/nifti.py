@@ -60,7 +60,7 @@ def write_scan(path: str | os.PathLike[str], volume_hu: Tensor, like: Scan) -> P
     path = check_nifti_name(path)
     check_like(path, volume_hu, like)
     values = volume_hu.detach().cpu().numpy()
-    values = np.flip(values, [k for k in range(3) if like.flipped[k]]).transpose(np.argsort(like.axes))
+    values = np.flip(values, tuple(k for k in range(3) if like.flipped[k])).transpose(np.argsort(like.axes))
     header = like.header.copy()
     slope, inter = header.get_slope_inter()
     dtype = header.get_data_dtype()

@@ -28,6 +28,7 @@ def read_stored(path: Path) -> tuple[np.ndarray, Any, np.ndarray, tuple[float, f
             holds, or it is not one volume of one number per voxel.
     """
     import nibabel as nib
+    from nibabel.filebasedimages import ImageFileError
 
     if not path.is_file():
         raise ValueError(f"{path.name}: expected a NIfTI file, got none at {path}; check the path")
@@ -46,7 +47,7 @@ def read_stored(path: Path) -> tuple[np.ndarray, Any, np.ndarray, tuple[float, f
             raw = np.asarray(image.dataobj.get_unscaled())
         except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise OSError(error) from error
-    except (OSError, EOFError, zlib.error, nib.filebasedimages.ImageFileError) as error:
+    except (OSError, EOFError, zlib.error, ImageFileError) as error:
         reason = " ".join(str(error).split()).rstrip(".;") or type(error).__name__
         raise ValueError(
             f"{path.name}: expected a whole NIfTI file, got a truncated or damaged one ({reason}); copy it again"
@@ -63,6 +64,7 @@ def read_stored(path: Path) -> tuple[np.ndarray, Any, np.ndarray, tuple[float, f
 def _parse(path: Path, start: bytes) -> Any:
     """The header, each field of which is one that can be used."""
     import nibabel as nib
+    from nibabel.spatialimages import HeaderDataError
 
     if start[344:348] == b"n+1\0" and len(start) >= 348:
         kind: Any = nib.Nifti1Header
@@ -76,7 +78,7 @@ def _parse(path: Path, start: bytes) -> Any:
     header = kind.from_fileobj(io.BytesIO(start[:size]), check=False)
     try:
         dtype = header.get_data_dtype()
-    except (KeyError, nib.spatialimages.HeaderDataError):
+    except (KeyError, HeaderDataError):
         _refuse(path, "a known data type", f"datatype code {int(header['datatype'])}")
     if dtype.kind not in "iuf":
         raise ValueError(f"{path.name}: expected one number per voxel, got {dtype}; give a scalar image")

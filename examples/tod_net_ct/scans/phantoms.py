@@ -268,10 +268,10 @@ def _liver(scene: _Scene, random: _Random, cavity: Tensor, phase: float) -> None
         paint_inside(scene.tube(hilum, tip, random.between(2.5, 5.0)), vessel_hu)
     for _ in range(int(random.between(0, 4))):
         centre, radii = (right, right_radii) if random.chance(0.75) else (left, left_radii)
-        place = tuple(c + r * random.between(-0.5, 0.5) for c, r in zip(centre, radii, strict=True))
+        z, y, x = (c + r * random.between(-0.5, 0.5) for c, r in zip(centre, radii, strict=True))
         radius = random.between(6, 20)
         contrast = -random.between(12, 45) if random.chance(0.8) else random.between(20, 40)
-        lesion = scene.ellipsoid(place, (radius, radius * random.between(0.8, 1.2), radius))
+        lesion = scene.ellipsoid((z, y, x), (radius, radius * random.between(0.8, 1.2), radius))
         paint_inside(lesion + 1.5 * random.waves(scene.z, scene.y, scene.x, (12, 30), 4), hu + contrast, "tumour")
 
 

@@ -68,7 +68,7 @@ def working_axes(path: Path, affine: np.ndarray) -> tuple[tuple[int, int, int], 
 def to_working(
     raw: np.ndarray, scaling: tuple[float, float], axes: tuple[int, int, int], flipped: tuple[bool, bool, bool]
 ) -> Tensor:
-    values = np.flip(raw.transpose(axes), [k for k in range(3) if flipped[k]])
+    values = np.flip(raw.transpose(axes), tuple(k for k in range(3) if flipped[k]))
     if scaling != (1.0, 0.0):
         values = values.astype(np.float64) * scaling[0] + scaling[1]
     with np.errstate(over="ignore"):  # an overflow becomes infinity, which the caller refuses by name

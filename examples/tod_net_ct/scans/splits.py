@@ -60,8 +60,8 @@ def _by_name(patients: Sequence[str], settings: Settings) -> dict[str, list[str]
         raise ValueError(f"test_patients: expected no one of validation_patients, got {', '.join(both)} in both")
     rest = [patient for patient in patients if patient not in {*named["validation"], *named["test"]}]
     dealt = {"train": rest} | {split: list(names) for split, names in named.items()}
-    for split, names in dealt.items():
-        if not names:
+    for split, patients_of in dealt.items():
+        if not patients_of:
             raise ValueError(f"test_patients: expected someone for {split}, got no one left; name fewer patients")
     return {split: dealt[split] for split in SPLITS}
 

@@ -8,6 +8,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean as mean
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -97,7 +98,13 @@ def calibrate(
         said = f"with the noise of simulate, --set i0_photons={found:.0f} means {_line(as_simulated)}"
     print(said)
     kept = {name: value for name, value in decisive(only(settings, Seed, Dose)).items() if name != "i0_photons"}
-    result = {"i0_photons": found, "said": said, "drop": drop, "normal_dice": normal, "n_cases": len(cases)}
+    result: dict[str, Any] = {
+        "i0_photons": found,
+        "said": said,
+        "drop": drop,
+        "normal_dice": normal,
+        "n_cases": len(cases),
+    }
     result |= {"as_simulated": as_simulated}
     result |= {"settings": kept}
     result |= {"trials": [trials[i0] for i0 in sorted(trials)]}

@@ -132,7 +132,7 @@ def _one_unit(
         validation_patients=tuple(own["validation"]), dose_fraction=experiment.doses[dose],
     )  # fmt: skip
     folder = results / "measurements" / dose / f"fold-{fold}"
-    todo = [(name, None, folder / f"{name}.csv") for name in UNTRAINED]
+    todo: list[tuple[str, int | None, Path]] = [(name, None, folder / f"{name}.csv") for name in UNTRAINED]
     todo += [(name, seed, folder / f"seed-{seed}" / f"{_plain(name)}.csv") for name in experiment.denoisers]
     todo = [item for item in todo if not item[2].exists()]
     if not todo:

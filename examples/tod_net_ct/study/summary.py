@@ -123,7 +123,7 @@ def answers(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Every question's paired differences, over the seeds that both sides have; Holm over one question's family."""
     found = []
     for question in QUESTIONS:
-        family = []
+        family: list[dict[str, Any]] = []
         for ours, theirs in question.pairs:
             for key in question.keys:
                 scores = _scores(rows, ours, theirs, question.dose, key)

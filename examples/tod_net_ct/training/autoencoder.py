@@ -55,7 +55,7 @@ def train_autoencoder(settings: Settings, run: Path, fabric: Any = None) -> Path
         losses.append(float(loss.detach()))
     if fabric.is_global_zero:
         begin(folder, facts)
-        save_tensors(folder / "weights.pt", width=2 * settings.width, **own.cpu().state_dict())
+        save_tensors(folder / "weights.pt", width=torch.tensor(2 * settings.width), **own.cpu().state_dict())
         finish(folder, facts, last_mse=sum(losses[-10:]) / len(losses[-10:]))
     fabric.barrier()
     return folder

@@ -154,10 +154,11 @@ def set_up(recipe: Recipe, settings: Any, run: Path, n_steps: int, fabric: Any) 
 def one_step(parts: Parts, low: Tensor, normal: Tensor, mask: Tensor, *, watched: bool) -> dict[str, float]:
     """One step of the critic and one of the denoiser: the loop of the library's README. Returns the log's numbers."""
     x_hat = parts.denoiser(low.to(memory_format=torch.channels_last_3d))
-    row = {}
-    for _ in range(parts.critic_steps if parts.critic is not None else 0):
-        game = parts.critic.step(parts.critic_optimizer, x_hat.detach(), normal, backward=parts.backward)
-        row = game.floats("d/")
+    row: dict[str, float] = {}
+    if parts.critic is not None:
+        for _ in range(parts.critic_steps):
+            game = parts.critic.step(parts.critic_optimizer, x_hat.detach(), normal, backward=parts.backward)
+            row = game.floats("d/")
     parts.optimizer.zero_grad()
     if watched:
         maps = gradient_maps(parts.loss, x_hat, reference=normal, label=mask)

@@ -70,7 +70,7 @@ def batches(cases: Cases, batch: int, settings: Settings, fabric: Any, start: in
 
     own = torch.Generator()  # else the loader draws from torch's, and a resumed training draws otherwise
     items = Crops(cases, settings.patch) if any(settings.patch) else cases
-    loader = DataLoader(items, batch_sampler=indices(), num_workers=settings.workers, generator=own)  # type: ignore[arg-type]
+    loader = DataLoader(items, batch_sampler=indices(), num_workers=settings.workers, generator=own)
     for tensors in loader:
         yield [fabric.to_device(tensor) for tensor in tensors]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -182,9 +183,10 @@ def slide(network: nn.Module, unit: Tensor, patch: tuple[int, int, int], device:
         return network(unit[None, None].to(device))[0, 0].cpu()
     from monai.inferers import SlidingWindowInferer
 
-    patch = tuple(min(side, n) for side, n in zip(patch, unit.shape, strict=True))  # else it would pad with air
-    infer = SlidingWindowInferer(patch, overlap=0.25, mode="gaussian", sw_device=device, device="cpu")
-    return infer(unit[None, None], network)[0, 0]
+    fitting = [min(side, n) for side, n in zip(patch, unit.shape, strict=True)]  # else it would pad with air
+    infer = SlidingWindowInferer(fitting, overlap=0.25, mode="gaussian", sw_device=device, device="cpu")
+    restored: Any = infer(unit[None, None], network)  # MONAI: as many tensors as the network gives
+    return restored[0, 0]
 
 
 def restore(network: Callable[[Tensor], Tensor], volume_hu: Tensor) -> Tensor:

@@ -470,3 +470,33 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, checkpoint, source,
         lines = [line for line in said.splitlines() if "expected" in line]
         assert len(lines) == 1 and lines[0].startswith(sentence), said
         assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("command", ["denoise", "prepare"])
+def test_a_note_is_one_line_whatever_the_command(tmp_path, checkpoint, command, capsys, monkeypatch):
+    import warnings
+
+    from examples.tod_net_ct.__main__ import main as program
+    from tests.tod_net_ct.scans.test_dicom import series_of
+
+    monkeypatch.setenv("TASKLOSS_QUIET", "1")
+    for dose in ("normal", "low"):
+        (series_of(tmp_path / dose / "P1") / "README").write_text("a companion")
+    words = [
+        "--checkpoint",
+        str(checkpoint),
+        "--input",
+        str(tmp_path / "low" / "P1"),
+        "--output",
+        str(tmp_path / "out.nii"),
+    ]
+    if command == "prepare":
+        words = ["smoke", "--set", f"data={tmp_path}", "--set", "reuse=true", "--output", str(tmp_path / "run")]
+        words += [word for name in ("train", "validation", "test") for word in ("--set", f"n_{name}=1")]
+    assert program([command, *words]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said.count("note: P1: passed over 1 file without CT slices: README") >= 1
+    assert not [line for line in said if "UserWarning" in line and "passed over" in line]
+    with pytest.warns(UserWarning, match="another library's"):  # and whoever calls has its own display again
+        warnings.warn("another library's", stacklevel=2)
