@@ -198,8 +198,23 @@ def _plain_names(module: nn.Module) -> list[str]:
 
 def _kept(module: nn.Module, path: str) -> Iterator[tuple[str, Any]]:
     """The tensors and modules in a module's plain attributes, by path."""
-    for name in _plain_names(module):
-        yield from _leaves(module.__dict__[name], _join(path, name), depth=8)
+    for name, value in _scripted(module) if isinstance(module, torch.jit.ScriptModule) else _attributes(module):
+        yield from _leaves(value, _join(path, name), depth=8)
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, module.__dict__[name]) for name in _plain_names(module))
+
+
+def _scripted(module: torch.jit.ScriptModule) -> Iterator[tuple[str, Any]]:
+    """What TorchScript holds beside parameters and buffers: attributes, and tensors in the code of a traced method."""
+    registered = {name for kind in (module.named_parameters, module.named_buffers) for name, _ in kind(recurse=False)}
+    kinds = getattr(module, "_concrete_type", None)  # none once it is frozen: all of it is in the code then
+    for name in () if kinds is None else kinds.get_attributes():
+        if name not in registered:
+            yield name, getattr(module, name)
+    for name in module._c._method_names():
+        yield f"{name}.constants", module._c._get_method(name).code_with_constants[1]
 
 
 def _leaves(value: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:

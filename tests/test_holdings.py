@@ -47,6 +47,38 @@ def test_the_digest_sees_what_is_registered_nowhere(pick) -> None:
     assert frozen.digest() != before
 
 
+class Scripted(nn.Module):
+    """What TorchScript can hold beside parameters and buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(1, 2, 1)
+        self.scale = torch.ones(2, 1, 1)
+        self.shifts = [torch.zeros(1), torch.ones(1)]
+
+    def forward(self, x):
+        return self.layer(x) * self.scale + self.shifts[0]
+
+
+@pytest.mark.parametrize("kind", ["script", "trace", "freeze"])
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_the_digest_sees_what_torchscript_holds(kind) -> None:
+    makers = {
+        "script": torch.jit.script,
+        "trace": lambda net: torch.jit.trace(net, image()),
+        "freeze": lambda net: torch.jit.freeze(torch.jit.script(net)),
+    }
+    net = Scripted().eval()
+    digests = [Frozen(makers[kind](net)).digest() for _ in range(2)]
+    net.scale.add_(1)
+    other = Frozen(makers[kind](net))
+    assert digests[0] == digests[1] != other.digest()
+    assert not any(t.requires_grad for t in plain_tensors_of(other.network).values())
+    x = image().requires_grad_()
+    TaskOrientedLoss(other, cross_entropy)(x, labels(x)).backward()
+    assert x.grad.any()
+
+
 def test_what_is_registered_nowhere_is_frozen_and_the_callers_is_left() -> None:
     net = Hider()
     loss = TaskOrientedLoss(net, cross_entropy)
