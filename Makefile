@@ -43,8 +43,9 @@ docs: .venv/docs-ready  ## the site, with the gallery run, without a warning -> 
 	OMP_NUM_THREADS=1 $(RUN) sphinx -W --keep-going -b html docs site
 	OMP_NUM_THREADS=1 $(RUN) pytest -m docs tests/test_site.py
 
-front: .venv/docs-ready  ## the README's picture and numbers, from what is committed
+front: .venv/docs-ready  ## the README's pictures and numbers, from what is committed
 	OMP_NUM_THREADS=1 $(RUN) docs.figure_2
+	$(RUN) benchmarks.before_after
 	$(RUN) benchmarks.front
 
 dist: .venv/docs-ready  ## wheel and source archive -> dist/

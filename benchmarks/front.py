@@ -20,13 +20,15 @@ NAMES = {"unet": "U-Net", "vnet": "V-Net", "res_unet": "Res-U-Net", "vox_resnet"
 
 def blocks() -> dict[str, str]:
     """What stands between the markers, by name."""
+    from . import before_after, effects, evidence
+
     found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")) if path != REASONS]
     machine = next(results["benchmarks"] for results in found if results["machine"]["device"] == "cpu")
     lines = [f"**Memory.** {memory(machine)}", f"**Cost.** {cost(machine)}", f"**Gain on unseen networks.** {gain()}"]
     return {
         "numbers": "\n".join(f"- {line}" for line in lines),
         "figure": caption(json.loads(FIGURE.read_text())),
-        "evidence": figure_of_evidence(),
+        "before_after": before_after.caption(effects.read(evidence.RESULTS)),
     }
 
 
@@ -81,16 +83,6 @@ def gain() -> str:
         f"Not shown on phantoms: over MSE-WGAN, in Dice points with 95 % intervals over {guide['n_seeds']} seeds, "
         f"{told}; the guide {told_of(guide)}."
     )
-
-
-def figure_of_evidence() -> str:
-    """The figure of the page of evidence, once there is something to see in it."""
-    from . import effects, evidence
-
-    if not effects.comparisons(effects.read(evidence.RESULTS)):
-        return ""
-    words = "Gain of the guide against the mean gain of networks that the training never saw"
-    return f"![{words}](docs/evidence/transfer.png)"
 
 
 def told_of(answer: Mapping[str, Any]) -> str:

@@ -87,7 +87,9 @@ def plot_gradient_maps(
         classes = {title: line for title, (line, is_classes) in top.items() if is_classes}
         return draw_signals(lines, classes, slices, named, limits, None if outline is None else outline > 0, window)
     columns = max(len(top), len(slices), 1)
-    figure = Figure(figsize=(2.9 * columns, 5.9), layout="constrained", dpi=130)
+    height, width = cut(maps.x_hat).shape
+    rows_inches = 2 * (2.3 * min(max(height / width, 0.4), 2.5) + 0.6)  # as high as the panels are, and their titles
+    figure = Figure(figsize=(2.9 * columns, rows_inches), layout="constrained", dpi=130)
     grid = figure.subplots(2, columns, squeeze=False)
     for panel in grid.flat:
         panel.set_axis_off()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from statistics import fmean
+
 import pytest
 
-from benchmarks import front
+from benchmarks import before_after, effects, evidence, front
 
-PAGES = {front.README: 3, front.ROOT / "docs" / "index.md": 2}
+PAGES = {front.README: 3, front.ROOT / "docs" / "index.md": 3}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -31,6 +33,21 @@ def test_the_memory_line_is_that_of_the_lean_benchmark_where_there_is_one() -> N
     cases = [{"name": f"{name}, 1 x 3", "values": {key: ratio}} for name, ratio in [("A", 0.3), ("B", 0.9), ("C", 0.4)]]
     line = front.memory({"lean": {"cases": cases}})
     assert "0.30 (A) to 0.90 (B)" in line and "median 0.40 of 3 networks" in line
+
+
+def test_before_and_after_are_the_rows_of_the_best_confirming_comparison(tmp_path) -> None:
+    rows = effects.read(evidence.RESULTS)
+    one = before_after.best(rows)
+    table = before_after.levels(rows, one)
+    assert [guides for _, guides in table] == [True] + [False] * (len(table) - 1)  # the guide leads
+    unseen = [values for (_, guides), values in table.items() if not guides]
+    gains = [fmean(values[one.setting]) - fmean(values[one.baseline]) for values in unseen]
+    assert fmean(gains) == pytest.approx(one.unseen.mean)
+    assert all(len(values[one.setting]) == one.unseen.n for values in unseen)
+    before_after.draw(tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 20_000
+    with pytest.raises(LookupError, match="natural_images"):
+        before_after.best([])
 
 
 @pytest.mark.slow
