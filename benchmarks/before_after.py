@@ -55,8 +55,8 @@ def caption(rows: Sequence[Row]) -> str:
     psnr = [row for row in alike if row.metric == "psnr_db"]
     decibels = (mean_of(row for row in psnr if row.setting == setting) for setting in (one.baseline, one.setting))
     return (
-        f"*Before and after: {title(one.world)} at {title(one.degradation)}, restored by one network with MSE alone and "
-        f"with a task loss through one classifier. Classifiers that the loss never saw name {before:.1f} % and "
+        f"*Before and after: {title(one.world)} at {title(one.degradation)}, restored by one network with MSE alone "
+        f"and with a task loss through one classifier. Classifiers that the loss never saw name {before:.1f} % and "
         f"{after:.1f} % of the images; PSNR is {' and '.join(f'{value:.2f}' for value in decibels)} dB. "
         f"Light marks: {one.unseen.n} trainings.*"
     )

@@ -241,7 +241,7 @@ def draw(found: Sequence[Comparison], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.0, 5.0 + 0.22 * len(found)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(5.6, 4.4 + 0.18 * len(found)), dpi=180, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     ends = [0.0, 1.0, *(end for one in found for gain in (one.guide, one.unseen) for end in gain[:3] if end == end)]

@@ -66,6 +66,7 @@ sphinx_gallery_conf = {
     "show_memory": False,
     "show_signature": False,
     "min_reported_time": 0,
+    "write_computation_times": False,  # a page that loads scripts from elsewhere
     "download_all_examples": True,
     "abort_on_example_error": True,
     "doc_module": ("taskloss",),

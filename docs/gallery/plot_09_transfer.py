@@ -7,6 +7,8 @@ guide's gain with that of networks which never took part, and says so in words; 
 enough that little carries over.
 """
 
+import textwrap
+
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -88,7 +90,7 @@ found = {
     "MSE and three guides": report(restorer(LossSum(mse=mse, task=0.02 * several))),
 }
 for name, said in found.items():
-    print(f"{name}: {said}\n")
+    print(textwrap.fill(f"{name}: {said}", width=88), end="\n\n")
 
 # %%
 # Read the last words first: a gain of the guide alone is not quality.
