@@ -99,6 +99,8 @@ def links_into_the_repository(text: str, page: str) -> str:
         path = pages.get(path, path)
         if path.is_relative_to(HERE) and path.suffix == ".md":
             return f"{match['words']}(/{path.relative_to(HERE)}{anchor})"
+        if path.parent == HERE / "gallery":
+            return f"{match['words']}(/auto_gallery/{path.stem}.rst)"
         kind = "tree" if path.is_dir() else "blob"
         return f"{match['words']}({HOME}/{kind}/main/{path.relative_to(root)}{anchor})"
 

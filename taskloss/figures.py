@@ -28,7 +28,7 @@ def plot_gradient_maps(
     window: tuple[float, float] | None = None,
     titles: Mapping[str, str] | None = None,
 ) -> Figure:
-    r"""Draw the reference, x_hat, label and T's output above one map :math:`\partial L_i/\partial \hat x` per term.
+    """Draw the reference, x_hat, label and T's output above one map dL_i/dx_hat per term.
 
     The maps are diverging and centred on zero, each with its colour bar. With a ``roi`` its outline is drawn, and
     each map's title tells the share of the gradient's energy inside and that share over the region's share of the

@@ -35,7 +35,7 @@ class Focus(NamedTuple):
 
 @dataclass(frozen=True)
 class GradientMaps:
-    r"""The gradients :math:`\partial L_i / \partial \hat x` of every term at one x_hat.
+    """The gradients dL_i/dx_hat of every term at one x_hat.
 
     Attributes:
         maps: Unweighted gradients by term, each of x_hat's shape.
@@ -245,7 +245,7 @@ def gradient_maps(
     label: object = None,
     step: int | None = None,
 ) -> GradientMaps:
-    r"""The gradient of every term of a loss with respect to the restored image (Eq. 4-7 of the paper).
+    r"""The gradient of every term of a loss with respect to the restored image: Eq. 4-7 of the paper.
 
     .. math:: g_i = \partial L_i / \partial \hat x
 

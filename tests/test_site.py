@@ -69,7 +69,7 @@ def test_the_gallery_is_there_as_scripts_and_notebooks() -> None:
         assert f"{script.stem}.ipynb" in page and f"{script.stem}.py" in page
 
 
-@pytest.mark.parametrize("page", ["index", "start", "concepts", "api", "auto_gallery/index", "benchmarks"])
+@pytest.mark.parametrize("page", ["index", "start", "lean", "api", "auto_gallery/plot_07_volumes", "benchmarks"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_page_opens_in_a_browser_without_complaint(page, width, tmp_path) -> None:
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
