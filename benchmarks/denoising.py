@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Case, Options, Target, agree, compare, process_peak_bytes, without
+from examples.tod_net_ct.dose import WINDOW_HU, to_hu, to_unit
 from examples.tod_net_ct.inference import denoise_volume, far_outside
 from examples.tod_net_ct.networks import Denoiser
-from examples.tod_net_ct.scans import WINDOW_HU, to_hu, to_unit
 
 WIDTH = 4
 TOLERANCE = 1e-4  # on the unit scale, where the window of 400 HU is 1

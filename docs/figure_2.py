@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from examples.tod_net_ct.dose import ParallelBeam
+from examples.tod_net_ct.dose import ParallelBeam, to_hu, to_unit
 from examples.tod_net_ct.dose.simulate import low_dose
 from examples.tod_net_ct.networks.perceptual import efficientnet_lite0
-from examples.tod_net_ct.scans import abdominal_phantom, organ_mask, to_hu, to_unit
+from examples.tod_net_ct.scans import abdominal_phantom, organ_mask
 from taskloss import (
     Fidelity,
     GradientMaps,

@@ -15,8 +15,8 @@ import argparse
 import torch
 from torch import Tensor, nn
 
-from examples.tod_net_ct.dose import low_dose
-from examples.tod_net_ct.scans import abdominal_phantom, organ_mask, to_unit
+from examples.tod_net_ct.dose import low_dose, to_unit
+from examples.tod_net_ct.scans import abdominal_phantom, organ_mask
 from taskloss import (
     AdversarialLoss,
     Fidelity,

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -163,6 +164,8 @@ def train_tasks(args: argparse.Namespace, settings: Settings, run: Path, fabric:
     """The task networks, one after the other."""
     for name in _only(args, settings.task_networks, TASK_NETWORKS):
         train_task(name, settings, run, fabric)
+        if name in settings.oracles:
+            train_task(name, replace(settings, task_dose="low"), run, fabric)
     return run / "task"
 
 

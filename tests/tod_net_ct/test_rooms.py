@@ -16,8 +16,8 @@ EXAMPLE = "examples.tod_net_ct"
 HOUSE = ROOT / "examples" / "tod_net_ct"
 FLOORS = [
     {"run"},
-    {"scans", "dose"},
-    {"networks", "metrics"},
+    {"dose"},
+    {"scans", "networks", "metrics"},
     {"inference"},
     {"training"},
     {"evaluation"},

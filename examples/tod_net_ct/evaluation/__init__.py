@@ -7,6 +7,7 @@ from .names import heading, title
 from .pairs import compare, measure_pairs
 from .scores import (
     LOWER_IS_BETTER,
+    ORACLE,
     QUALITY,
     REFERENCE,
     Row,
@@ -25,6 +26,7 @@ from .scores import (
 
 __all__ = [
     "LOWER_IS_BETTER",
+    "ORACLE",
     "QUALITY",
     "REFERENCE",
     "Row",

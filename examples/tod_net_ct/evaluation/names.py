@@ -6,6 +6,7 @@ from ..training import FILTERS, RECIPES
 
 TITLES = {
     "none": "No denoiser",
+    "oracle": "Trained on low dose (oracle)",
     "normal_dose": "Normal dose",
     "low_dose": "Low dose",
     "unet": "U-Net",

@@ -7,7 +7,8 @@ import io
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from taskloss import Fidelity, LossSum, TaskOrientedLoss, gradient_maps
 
+from ..dose import to_unit
 from ..inference import segment
 from ..metrics import dice, holm, image_quality, mean_and_sd, paired, surface_distance_mm
 from ..networks import load_denoiser
@@ -36,13 +38,14 @@ from ..run import (
     read_json,
     write_text,
 )
-from ..scans import Cases, to_unit
-from ..training import RECIPES, dice_loss, load_task, restorer
+from ..scans import Cases
+from ..training import RECIPES, dice_loss, folder_of, load_task, restorer
 
 Row = dict[str, Any]
 Restorer = Callable[[Tensor], Tensor]
 
 REFERENCE = "tod_net"
+ORACLE = "oracle"  # in place of a denoiser: low dose as it came, before the same task network trained on low dose
 QUALITY = ("roi_ssim", "roi_rmse_hu", "roi_psnr_db", "whole_ssim", "whole_rmse_hu", "whole_psnr_db")
 LOWER_IS_BETTER = ("_rmse_hu", "_surface_mm")  # endings
 
@@ -55,6 +58,7 @@ def evaluate(settings: Settings, run: Path) -> Path:
     cannot be measured: the ROI and the segmentation of a case without a mask. A killed evaluation resumes at the case.
     """
     folder = run / "evaluation"
+    trained_on_low = replace(settings, task_dose="low")
     facts = {
         "cases": _fingerprint(run / "cases"),
         "low_dose": _fingerprint(run / "low_dose"),
@@ -62,6 +66,9 @@ def evaluate(settings: Settings, run: Path) -> Path:
         "denoisers": {name: _fingerprint(run / "denoisers" / name, "best.pt") for name in settings.denoisers},
         "networks": {name: _fingerprint(run / "task" / name, "weights.pt") for name in settings.task_networks},
     }
+    if settings.oracles:
+        folders = {name: folder_of(name, trained_on_low, run) for name in settings.oracles}
+        facts["oracles"] = {name: _fingerprint(made, "weights.pt") for name, made in folders.items()}
     if is_done(folder, facts):
         return folder
     done = folder / "unfinished"
@@ -69,6 +76,7 @@ def evaluate(settings: Settings, run: Path) -> Path:
         shutil.rmtree(done, ignore_errors=True)
     device = device_of(settings)
     networks = judges(settings, run, device)
+    oracles = {name: load_task(trained_on_low, run, name).to(device) for name in settings.oracles}
     restorers: dict[str, Restorer] = {"none": lambda volume_hu: volume_hu}
     restorers |= {name: restorer(name, settings, run, device) for name in settings.denoisers}
     cases = Cases(run, "test")
@@ -77,7 +85,7 @@ def evaluate(settings: Settings, run: Path) -> Path:
         path = done / f"{cases.paths[i].stem}.json"
         own = _kept(path)
         if own is None:
-            own = measure_case(cases, i, settings, restorers, networks, device)
+            own = measure_case(cases, i, settings, restorers, networks, device, oracles)
             write_text(path, json.dumps(own))
         rows += own
     write_text(folder / "cases.csv", _as_csv(rows))
@@ -113,27 +121,39 @@ def measure_case(
     restorers: dict[str, Restorer],
     networks: dict[str, nn.Module],
     device: torch.device,
+    oracles: Mapping[str, nn.Module] | None = None,
 ) -> list[Row]:
-    """The rows of one case: both doses through every restorer, judged by every network."""
+    """The rows of one case: both doses through every restorer, judged by every network; low dose as it came, judged by
+    those that were trained on it.
+    """
     normal_hu, low_hu, mask = cases.in_hu(index)
     voxel_mm = cases.voxel_mm_of(index)
-    has_mask = bool(mask.any())
+    blank: Row = dict.fromkeys((*QUALITY, *_columns_of(networks)), math.nan)
+
+    def judged(image: Tensor, by: Mapping[str, nn.Module]) -> Row:
+        row: Row = {}
+        for name, network in by.items() if mask.any() else ():
+            found = segment(network, image, voxel_mm, settings.voxel_mm, device=device)
+            row[f"{name}_dice"] = 100 * dice(found, mask)
+            row[f"{name}_surface_mm"] = surface_distance_mm(found, mask, voxel_mm)
+        return row
+
     rows = []
     for dose, given_hu in (("low", low_hu), ("normal", normal_hu)):
         for denoiser, restore in restorers.items():
             image = restore(given_hu)
-            row: Row = {"case": cases.paths[index].stem, "dose": dose, "denoiser": denoiser}
-            row |= dict.fromkeys(QUALITY, math.nan)
+            row: Row = {"case": cases.paths[index].stem, "dose": dose, "denoiser": denoiser} | blank
             if (dose, denoiser) != ("normal", "none"):
                 row |= image_quality(image, normal_hu, mask)
-            for name, network in networks.items():
-                overlap = distance = math.nan
-                if has_mask:
-                    found = segment(network, image, voxel_mm, settings.voxel_mm, device=device)
-                    overlap, distance = 100 * dice(found, mask), surface_distance_mm(found, mask, voxel_mm)
-                row |= {f"{name}_dice": overlap, f"{name}_surface_mm": distance}
-            rows.append(row)
+            rows.append(row | judged(image, networks))
+    if oracles:
+        row = {"case": cases.paths[index].stem, "dose": "low", "denoiser": ORACLE}
+        rows.append(row | blank | judged(low_hu, oracles))
     return rows
+
+
+def _columns_of(networks: Iterable[str]) -> list[str]:
+    return [f"{name}_{what}" for name in networks for what in ("dice", "surface_mm")]
 
 
 def _kept(path: Path) -> list[Row] | None:

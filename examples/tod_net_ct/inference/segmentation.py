@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..dose import to_unit
 from ..networks import SIDE_MULTIPLE
-from ..scans import to_unit
 
 MAX_VOXELS = 2**22  # in one pass; a larger volume goes through in overlapping windows
 WINDOW = (64, 256, 256)  # slices, rows, columns

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..dose import WINDOW_HU, to_hu, to_unit
 from ..networks import Denoiser
-from ..scans import WINDOW_HU, to_hu, to_unit
 from .moments import Moments
 from .streams import Streams, room
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from ..scans import WINDOW_HU
+from ..dose import WINDOW_HU
 
 
 def image_quality(restored_hu: Tensor, normal_hu: Tensor, mask: Tensor) -> dict[str, float]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..scans import WINDOW_HU
+from ..dose import WINDOW_HU
 from .checkpoint import read_checkpoint, write_checkpoint
 
 UNET_SIDE_MULTIPLE = 8

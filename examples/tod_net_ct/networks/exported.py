@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from ..dose import WINDOW_HU
 from ..run import replacing
-from ..scans import WINDOW_HU
 from .denoiser import Denoiser, load_denoiser
 
 WEIGHTS = "denoiser.safetensors"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..dose import to_unit
 from ..evaluation import REFERENCE, title
 from ..run import Settings
-from ..scans import to_unit
 from .plots import Pictures
 
 POOR_DICE = 50.0  # percent on normal dose: below it, a network's verdict on denoisers says nothing

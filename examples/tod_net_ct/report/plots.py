@@ -14,10 +14,11 @@ from torch import Tensor
 
 from taskloss import TaskOrientedLoss, gradient_maps, plot_gradient_maps
 
+from ..dose import WINDOW_HU, to_unit
 from ..evaluation import Row, device_of, figure_loss, half_trained, title, training_view, values_of
 from ..inference import segment
 from ..run import Settings
-from ..scans import WINDOW_HU, Cases, to_unit
+from ..scans import Cases
 from ..training import load_task, restorer
 
 # Okabe and Ito's colours, which people with any colour vision tell apart; errors are also told by the truth's outline

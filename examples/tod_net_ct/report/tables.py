@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..evaluation import LOWER_IS_BETTER, QUALITY, REFERENCE, title
+from ..evaluation import LOWER_IS_BETTER, ORACLE, QUALITY, REFERENCE, title
 from ..run import write_text
 
 LEVEL = 0.05
@@ -94,7 +94,7 @@ def _table(
         if gap["table"] == name and is_significant(gap)
     }
     printed = {
-        key: {row: round(means[row][key]["mean"], digits) for row in means if means[row][key]["n"]}
+        key: {r: round(means[r][key]["mean"], digits) for r in means if means[r][key]["n"] and r != ORACLE}
         for key, _ in columns
     }
     best = {
@@ -113,7 +113,7 @@ def _table(
             _cell(means[row][key], printed[key].get(row) == best[key], "†" if (row, key) in marked else "")
             for key, _ in columns
         ]
-        if any(cell.n for cell in cells) or dose == "low":
+        if any(cell.n for cell in cells) or (dose == "low" and row != ORACLE):
             rows.append((row, tuple(cells)))
     return Table(name, caption, note, groups, columns, tuple(rows), digits)
 

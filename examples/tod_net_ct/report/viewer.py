@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dose import to_unit
 from ..evaluation import title
-from ..scans import to_unit
 from .plots import Pictures, body_of
 
 MAX_VOXELS = 4_500_000  # over all cases and images: noise hardly packs, so about as many characters on the page

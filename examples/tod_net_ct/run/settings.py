@@ -30,7 +30,10 @@ class Seed:
 
 @dataclass(frozen=True)
 class Data:
-    """Phantoms, unless `data` names a folder of scans (LiTS, KiTS, MSD, scan + mask, DICOM, or dose pairs)."""
+    """Phantoms, unless `data` names a folder of scans (LiTS, KiTS, MSD, scan + mask, DICOM, or dose pairs).
+
+    Phantoms are free of noise at normal dose, unless a positive `dose_fraction` scans them at `i0_photons` first.
+    """
 
     data: str = ""
     organ: str = "liver"
@@ -74,7 +77,7 @@ class Dose:
     kernel: str = "ramp"  # on a coarse grid a soft kernel would need photon starvation for the same noise
     n_views: int = 96
     bowtie: bool = False  # less fluence towards the body's sides
-    dose_fraction: float = 0.0  # if positive, scans are noisy at i0_photons and this share of their dose is left
+    dose_fraction: float = 0.0  # if positive, normal dose is noisy at i0_photons and this share of it is left
     route: str = "fast"  # or "catsim": a full scanner simulation, about half a minute a slice
 
 
@@ -85,6 +88,7 @@ class Choice:
     task_networks: tuple[str, ...] = aside(("unet",))
     task_steps: tuple[int, ...] = aside((2000,))  # one for all task networks, or one for each
     denoisers: tuple[str, ...] = aside(DENOISERS)
+    oracles: tuple[str, ...] = aside(())  # task networks that are trained on low dose too: the room there is
     tuned: tuple[str, ...] = aside(())  # what a denoiser has of its own, as in vgg_wgan@share_adv=0.03: `study --tune`
 
     def steps_of(self, task_network: str) -> int:

@@ -15,13 +15,11 @@ from .preparation import cases_of, prepare
 from .read import read_label, read_low_dose, read_scan
 from .scan import Scan, check_place
 from .splits import split_patients
-from .window import WINDOW_HU, to_hu, to_unit
 
 __all__ = [
     "Cases",
     "Scan",
     "Series",
-    "WINDOW_HU",
     "abdominal_phantom",
     "cases_of",
     "check_folder",
@@ -36,8 +34,6 @@ __all__ = [
     "read_scan",
     "read_series",
     "split_patients",
-    "to_hu",
-    "to_unit",
     "write_scan",
     "write_segmentation",
     "write_series",

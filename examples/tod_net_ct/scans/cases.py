@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..dose import to_unit
 from ..run import check_intact, load_tensors, read_json, save_tensors
 from .grid import OUTSIDE_HU, crop_or_pad, resample, sub_volume_starts, training_grid
 from .preparation import cases_of, grid_of
-from .window import to_unit
 
 
 class Cases(Dataset[tuple[Tensor, Tensor, Tensor]]):

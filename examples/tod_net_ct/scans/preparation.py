@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +16,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..run import Data, Patches, Seed, Settings, Split, begin, decisive, finish, is_done, only, progress, save_tensors
+from ..dose import simulate_volume
+from ..run import (
+    Data,
+    Dose,
+    Patches,
+    Seed,
+    Settings,
+    Split,
+    begin,
+    decisive,
+    finish,
+    is_done,
+    one_thread,
+    only,
+    progress,
+    save_tensors,
+)
 from .grid import Grid, is_on_grid, training_grid
 from .layouts import Case, find_cases, organ_labels
 from .phantoms import abdominal_phantom, organ_mask
 from .read import read_label, read_low_dose, read_scan
 from .splits import SPLITS, shared_patients, split_patients
+
+NORMAL_DOSE_SEED = 2_000_000_011  # plus the phantom's number: far from the seeds of the low dose
 
 
 class Source(NamedTuple):
@@ -42,14 +61,15 @@ def prepare(settings: Settings, run: Path) -> Path:
         ValueError: for a folder without cases, fewer patients than the splits need, or a case that cannot be used.
     """
     folder = run / "cases"
-    settings = only(settings, Seed, Data, Patches, *([Split] if settings.data else []))
+    noisy = not settings.data and settings.dose_fraction > 0
+    settings = only(settings, Seed, Data, Patches, *([Split] if settings.data else [Dose] if noisy else []))
     facts = decisive(settings)
     if not 0 <= settings.overlap < 1:
         raise ValueError(f"overlap: expected a share from 0 to below 1, got {settings.overlap}; --set overlap=0.5")
     for name in () if settings.data else (f"n_{split}" for split in SPLITS):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name}: expected at least 1 phantom, got {getattr(settings, name)}; --set {name}=4")
-    sources = _scans(settings) if settings.data else _phantoms(settings)
+    sources = _scans(settings) if settings.data else _phantoms(settings, noisy)
     facts["files"] = {str(path): _stamp(path) for source in sources for path in source.files}
     if is_done(folder, facts):
         return folder
@@ -90,7 +110,7 @@ def _deal(sources: list[Source], settings: Settings) -> dict[str, list[Source]]:
     return {s: [x for patient in own for x in sources if x.patient == patient] for s, own in dealt.items()}
 
 
-def _phantoms(settings: Settings) -> list[Source]:
+def _phantoms(settings: Settings, noisy: bool) -> list[Source]:
     counts = (settings.n_train, settings.n_validation, settings.n_test)
     if settings.n_train < 1 or min(counts) < 0:
         raise ValueError(
@@ -99,15 +119,23 @@ def _phantoms(settings: Settings) -> list[Source]:
         )
 
     def source(seed: int) -> Source:
-        return Source(f"phantom {seed}", f"phantom {seed}", (), partial(_read_phantom, seed, settings))
+        return Source(f"phantom {seed}", f"phantom {seed}", (), partial(_read_phantom, seed, settings, noisy))
 
     return [source(100_000 * settings.seed + i) for i in range(sum(counts))]
 
 
-def _read_phantom(seed: int, settings: Settings) -> dict[str, Tensor]:
+def _read_phantom(seed: int, settings: Settings, noisy: bool) -> dict[str, Tensor]:
+    """A patient, scanned at the full dose where stage 2 is to leave a part of that: a real scan is never free of noise,
+    and a network that has seen none falls at the first.
+    """
     phantom = abdominal_phantom(seed, settings.shape, settings.voxel_mm)
     mask = organ_mask(phantom.label, settings.organ)
-    return _tensors(phantom.volume_hu, mask, settings.voxel_mm)
+    volume_hu = phantom.volume_hu
+    if noisy:
+        with one_thread():
+            full = replace(settings, dose_fraction=0.0)
+            volume_hu = simulate_volume(volume_hu, settings.voxel_mm, full, NORMAL_DOSE_SEED + seed)["low_hu"].float()
+    return _tensors(volume_hu, mask, settings.voxel_mm)
 
 
 def _scans(settings: Settings) -> list[Source]:

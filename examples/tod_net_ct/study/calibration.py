@@ -12,12 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..dose import case_seed, check, numbered_cases, simulate_volume, voxel_of
+from ..dose import WINDOW_HU, case_seed, check, numbered_cases, simulate_volume, voxel_of
 from ..evaluation import device_of
 from ..inference import segment
 from ..metrics import dice
 from ..run import Dose, Seed, Settings, decisive, load_tensors, only, write_text
-from ..scans import WINDOW_HU
 from ..training import load_task
 
 BRACKET_PHOTONS = (1e3, 1e6)
@@ -43,8 +42,9 @@ def calibrate(
     """Find by bisection the photons at which the U-Net's mean Dice on the validation cases falls by `drop` points.
 
     Every trial draws its noise from the same seeds, as normal numbers in place of Poisson's, so that the curve is
-    smooth; the answer is then tried with the stage's own noise. Nothing else in the run is changed. Where even an end
-    of the bracket loses too little or too much, a sentence says so.
+    smooth; the answer is then tried with the stage's own noise. Nothing else in the run is changed: phantoms whose
+    normal dose is noisy keep it, and the share of it that is left (``dose_fraction``) is what is sought. Where even
+    an end of the bracket loses too little or too much, a sentence says so.
 
     Args:
         settings: Of the run; all but ``i0_photons`` is kept.
@@ -57,7 +57,7 @@ def calibrate(
     Returns:
         ``calibration.json``: the Dice on normal dose and, of every dose tried, the Dice, the points lost, and the RMSE
         in HU of the whole image and of the organ within the window, each a mean over cases; ``i0_photons`` is the
-        answer, null where no dose has that loss.
+        answer, the low dose's photons, null where no dose has that loss.
 
     Raises:
         ValueError: for a run without labelled validation cases, or without its U-Net.
@@ -79,6 +79,8 @@ def calibrate(
         return trials[i0_photons]["dice_lost"]
 
     few, many = bracket_photons
+    if _normal_is_noisy(settings):
+        few, many = min(few, settings.i0_photons / 100), min(many, settings.i0_photons)
     found, as_simulated = None, None
     if (most := lost(few)) < drop:
         said = f"even {few:.0f} photons cost only {most:.2f} points of Dice, not {drop:g}; no dose in reach is so low"
@@ -94,8 +96,11 @@ def calibrate(
             if abs(gap) <= tolerance:
                 break
         found = min(trials, key=lambda i0: abs(trials[i0]["dice_lost"] - drop))
-        as_simulated = _trial(network, cases, normal, found, replace(settings, i0_photons=found))
-        said = f"with the noise of simulate, --set i0_photons={found:.0f} means {_line(as_simulated)}"
+        as_simulated = _trial(network, cases, normal, found, _at(settings, found))
+        answer = f"i0_photons={found:.0f}"
+        if _normal_is_noisy(settings):
+            answer = f"dose_fraction={found / settings.i0_photons:.3g}"
+        said = f"with the noise of simulate, --set {answer} means {_line(as_simulated)}"
     print(said)
     kept = {name: value for name, value in decisive(only(settings, Seed, Dose)).items() if name != "i0_photons"}
     result: dict[str, Any] = {
@@ -112,11 +117,23 @@ def calibrate(
     return run / "calibration.json"
 
 
+def _normal_is_noisy(settings: Settings) -> bool:
+    """Whether phantoms have the noise of `i0_photons` at normal dose, so that low dose can only be a part of it."""
+    return settings.dose_fraction > 0 and not settings.data
+
+
+def _at(settings: Settings, photons: float) -> Settings:
+    """The settings of a low dose of so many photons."""
+    if _normal_is_noisy(settings):
+        return replace(settings, dose_fraction=photons / settings.i0_photons)
+    return replace(settings, i0_photons=photons)
+
+
 def _smooth(settings: Settings, i0_photons: float) -> Settings:
     """The same dose as a vanishing part of a vast one, which adds normal numbers: they scale with the dose, where
     Poisson's are drawn anew."""
     if settings.dose_fraction or settings.route != "fast":
-        return replace(settings, i0_photons=i0_photons)
+        return _at(settings, i0_photons)
     return replace(settings, i0_photons=1e6 * i0_photons, dose_fraction=1e-6)
 
 

@@ -6,12 +6,13 @@
 from .denoiser import train_denoiser
 from .loop import machine
 from .recipes import FILTERS, RECIPES, parse, restorer
-from .task_network import dice_loss, load_task, train_task
+from .task_network import dice_loss, folder_of, load_task, train_task
 
 __all__ = [
     "FILTERS",
     "RECIPES",
     "dice_loss",
+    "folder_of",
     "load_task",
     "machine",
     "parse",

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..dose import to_unit
 from ..run import Settings, begin, digest, finish, is_done, progress
-from ..scans import Cases, to_unit
+from ..scans import Cases
 from .recipes import FILTERS, parse, restore
 
 

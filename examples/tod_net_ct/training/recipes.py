@@ -26,6 +26,7 @@ from taskloss import (
     soft_kl,
 )
 
+from ..dose import WINDOW_HU, to_unit
 from ..inference import denoise_volume, keep_outside
 from ..networks import (
     Denoiser,
@@ -39,7 +40,6 @@ from ..networks import (
     perceptual_loss,
 )
 from ..run import Settings, check_intact, load_tensors, results_of
-from ..scans import WINDOW_HU, to_unit
 from .autoencoder import load_autoencoder
 from .task_network import dice_loss, load_task
 

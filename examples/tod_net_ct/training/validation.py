@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..dose import WINDOW_HU, to_unit
 from ..inference import denoise_volume, segment
 from ..metrics import dice
 from ..networks import Denoiser
 from ..run import Settings
-from ..scans import WINDOW_HU, Cases, to_unit
+from ..scans import Cases
 from .recipes import restore, slide
 from .task_network import load_task
 

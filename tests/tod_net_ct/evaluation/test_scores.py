@@ -94,6 +94,23 @@ def test_every_case_dose_and_denoiser_has_its_row(run) -> None:
     assert "NaN" not in (folder / "evaluation" / "summary.json").read_text(), "JSON has no NaN"
 
 
+def test_the_oracle_has_a_row_of_its_own_and_enters_no_comparison(run) -> None:
+    settings, folder = run
+    settings = replace(settings, oracles=("unet",))
+    save_tensors(folder / "oracle" / "unet" / "weights.pt", nothing=torch.zeros(1))
+    stage.evaluate(settings, folder)
+    rows = {r["case"]: r for r in stage.read_rows(folder) if r["denoiser"] == "oracle"}
+    none = {r["case"]: r for r in stage.read_rows(folder) if (r["dose"], r["denoiser"]) == ("low", "none")}
+    assert rows["test-000"]["unet_dice"] == none["test-000"]["unet_dice"] < 100, "low dose as it came"
+    assert math.isnan(rows["test-000"]["vnet_dice"]) and math.isnan(rows["test-000"]["whole_rmse_hu"])
+    summary = stage.read_summary(folder)
+    assert not any("oracle" in (gap["ours"], gap["theirs"]) for gap in summary["comparisons"])
+    stamp = (folder / "evaluation" / "cases.csv").stat().st_mtime_ns
+    save_tensors(folder / "oracle" / "unet" / "weights.pt", nothing=torch.ones(1))
+    stage.evaluate(settings, folder)
+    assert (folder / "evaluation" / "cases.csv").stat().st_mtime_ns != stamp, "another oracle is another result"
+
+
 def test_a_killed_evaluation_goes_on_where_it_was(run, monkeypatch) -> None:
     settings, folder = run
     whole, measured = stage.measure_case, []

@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import nn
 
+from examples.tod_net_ct.dose import to_hu, to_unit
 from examples.tod_net_ct.inference import denoise_volume
 from examples.tod_net_ct.inference.denoise import add_arguments, denoise_file, main
 from examples.tod_net_ct.networks import Denoiser, save_checkpoint
-from examples.tod_net_ct.scans import read_scan, to_hu, to_unit
+from examples.tod_net_ct.scans import read_scan
 
 nib = pytest.importorskip("nibabel")
 

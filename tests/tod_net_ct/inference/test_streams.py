@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from examples.tod_net_ct.dose import to_unit
 from examples.tod_net_ct.inference import denoise_volume, streams, tiles
 from examples.tod_net_ct.inference.moments import Moments
 from examples.tod_net_ct.networks import Denoiser
-from examples.tod_net_ct.scans import to_unit
 
 SHAPE = (19, 31, 30)
 

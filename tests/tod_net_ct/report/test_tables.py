@@ -79,5 +79,5 @@ def test_a_p_value_is_never_zero(summary) -> None:
 
 def test_departures_from_the_paper() -> None:
     found = {name: (own, stated) for name, own, stated in departures(PRESETS["demo"])}
-    assert found["optimizer"] == ("adam", "rmsprop") and found["shape"] == ("16, 64, 64", "32, 256, 256")
+    assert found["optimizer"] == ("adam", "rmsprop") and found["shape"] == ("16, 128, 128", "32, 256, 256")
     assert "clip" not in found, "the demo clips as the paper does"

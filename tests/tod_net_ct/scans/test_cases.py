@@ -15,8 +15,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from examples.tod_net_ct.dose import degrade as simulate
+from examples.tod_net_ct.dose import to_unit
 from examples.tod_net_ct.run import Settings, load_tensors, save_tensors, write_text
-from examples.tod_net_ct.scans import Cases, cases_of, prepare, to_unit
+from examples.tod_net_ct.scans import Cases, cases_of, prepare
 from examples.tod_net_ct.scans import preparation as stage
 from examples.tod_net_ct.scans.grid import Grid, is_on_grid, resample, sub_volume_starts, training_grid
 
@@ -78,6 +80,21 @@ def scans(folder: Path, **options) -> Settings:
 
 def manifest(run: Path) -> dict:
     return json.loads((run / "cases" / "manifest.json").read_text())
+
+
+def test_phantoms_of_a_noisy_normal_dose_are_scanned_at_it(tmp_path) -> None:
+    noisy = replace(PHANTOMS, i0_photons=1e6, electronic_noise_photons=0.0, dose_fraction=0.1, n_views=60)
+    clean, first, again = (prepare(s, tmp_path / str(i)) for i, s in enumerate((PHANTOMS, noisy, noisy)))
+    name = cases_of(clean, "train")[0].name
+    quiet, scanned, same = (load_tensors(folder / name)["normal_hu"].float() for folder in (clean, first, again))
+    inside = quiet.abs() < 300
+    noise_hu = (scanned - quiet)[inside]
+    assert torch.equal(scanned, same) and 1 < noise_hu.std() < 60 and abs(noise_hu.mean()) < noise_hu.std()
+    low_hu = load_tensors(simulate(noisy, tmp_path / "1") / name)["low_hu"].float()
+    ratio = (low_hu - quiet)[inside].std() / noise_hu.std()
+    assert 10**0.5 * 0.85 < ratio < 10**0.5 * 1.25, "a tenth of the photons, so about sqrt(10) times the noise"
+    other = prepare(replace(noisy, i0_photons=5e5), tmp_path / "1")
+    assert not torch.equal(load_tensors(other / name)["normal_hu"].float(), scanned), "its dose decides a case"
 
 
 def test_phantoms_come_as_they_were_made_and_take_no_second_place_on_disk(tmp_path) -> None:

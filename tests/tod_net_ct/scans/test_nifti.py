@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from examples.tod_net_ct.dose import to_hu, to_unit
 from examples.tod_net_ct.run import replacing
-from examples.tod_net_ct.scans import find_cases, read_label, read_low_dose, read_scan, to_hu, to_unit, write_scan
+from examples.tod_net_ct.scans import find_cases, read_label, read_low_dose, read_scan, write_scan
 
 nib = pytest.importorskip("nibabel")
 

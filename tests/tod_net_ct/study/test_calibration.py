@@ -63,6 +63,14 @@ def test_it_finds_the_dose_that_costs_the_wanted_dice(run, capsys) -> None:
     assert f"--set i0_photons={found['i0_photons']:.0f} means" in printed[-1]
 
 
+def test_a_noisy_normal_dose_stays_and_its_share_is_sought(run, capsys) -> None:
+    noisy = replace(SETTINGS, i0_photons=1e5, dose_fraction=0.5)
+    found = json.loads(calibrate(noisy, run, drop=15.0).read_text())
+    share = found["i0_photons"] / 1e5
+    assert 0.01 <= share < 0.5 and f"--set dose_fraction={share:.3g}" in capsys.readouterr().out
+    assert found["settings"]["dose_fraction"] == 0.5 and max(t["i0_photons"] for t in found["trials"]) == 1e5
+
+
 def test_the_answer_is_tried_as_the_stage_would_make_it(run) -> None:
     found = json.loads(calibrate(SETTINGS, run, drop=15.0).read_text())
     trial = found["as_simulated"]
