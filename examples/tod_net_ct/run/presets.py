@@ -19,7 +19,7 @@ PRESETS: dict[str, Settings] = {
         n_train=96, n_validation=8, n_test=24, shape=(16, 128, 128), patch=(16, 64, 64), voxel_mm=(3.0, 3.0, 3.0),
         i0_photons=1e5, dose_fraction=0.05, kernel="hann", n_views=120,
         task_steps=(600,), task_validate_every=100, oracles=("unet",), denoisers=("mse", "mse_wgan", "tod_net"),
-        share_adv=0.003,  # results/tuning.json
+        steps=150, share_adv=0.003,  # results/tuning.json
     ),
     "study": Settings(
         task_networks=ALL_TASK_NETWORKS, task_steps=(2000, 250, 700, 250),
