@@ -53,14 +53,16 @@ dist: .venv/docs-ready  ## wheel and source archive -> dist/
 	$(RUN) build
 	$(RUN) twine check --strict dist/*
 
-dist-test: dist  ## both of them in an empty environment: the wheel imports with torch alone, the archive runs its own tests
-	rm -rf build/dist-test && mkdir -p build/dist-test
+dist-test: dist  ## both in an empty environment: with torch alone the wheel runs the README's lines, the archive runs its tests
+	rm -rf build/dist-test && mkdir -p build/dist-test/source
+	tar xzf dist/*.tar.gz -C build/dist-test/source --strip-components 1
 	$(PYTHON) -m venv build/dist-test/venv
-	build/dist-test/venv/bin/pip install --quiet dist/*.whl
-	cd build/dist-test && venv/bin/python -c "import taskloss; print(taskloss.__version__, taskloss.__file__)"
-	tar xzf dist/*.tar.gz -C build/dist-test --strip-components 1
-	build/dist-test/venv/bin/pip install --quiet "build/dist-test[dev]"
-	cd build/dist-test && OMP_NUM_THREADS=1 venv/bin/python -m pytest -m "not slow" -n 2 --dist loadscope
+	build/dist-test/venv/bin/pip install --quiet uv
+	build/dist-test/venv/bin/uv pip install --quiet --python build/dist-test/venv dist/*.whl
+	cd build/dist-test && venv/bin/python -c 'import re; \
+	exec(re.search("`{3}python\n(.*?)`{3}", open("source/README.md").read(), re.DOTALL)[1]); print(repr(value))'
+	build/dist-test/venv/bin/uv pip install --quiet --python build/dist-test/venv "build/dist-test/source[dev]"
+	cd build/dist-test/source && OMP_NUM_THREADS=1 ../venv/bin/python -m pytest -m "not slow" -n 2 --dist loadscope $(TESTS)
 
 test-cuda: .venv/ready  ## the tests that need a CUDA device
 	$(RUN) pytest -m cuda
