@@ -111,6 +111,23 @@ def opened(path, view: str = "", keys: str = "") -> str:
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no browser")
+def test_it_is_drawn_inside_another_page_too(tmp_path) -> None:
+    """A notebook and the gallery show it in a frame, which has no address of its own to keep the view in."""
+    told = "<script>addEventListener('unhandledrejection', (e) => parent.postMessage('FAILED ' + e.reason, '*'));"
+    told += "(function go() { const ready = document.body.dataset.ready;"
+    told += "ready ? parent.postMessage('DRAWN', '*') : setTimeout(go, 20) })()</script>"
+    inner = maps_of()[0].to_html(tmp_path / "maps.html").read_text().replace("</body>", told + "</body>")
+    heard = "<script>addEventListener('message', (e) => document.body.append(e.data));</script>"
+    outer = tmp_path / "outer.html"
+    outer.write_text(f'<body>{heard}<iframe srcdoc="{html.escape(inner)}"></iframe></body>')
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}"]
+    command += ["--virtual-time-budget=4000", "--dump-dom", outer.as_uri()]
+    page = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    said = page.rpartition("</iframe>")[2]
+    assert "DRAWN" in said and "FAILED" not in said, said
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser")
 def test_a_browser_shows_the_values_the_address_asks_for_and_obeys_keys(tmp_path) -> None:
     maps, _, y = maps_of()
     path = maps.to_html(tmp_path / "maps.html", roi=y)
