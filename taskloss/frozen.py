@@ -53,7 +53,7 @@ class Frozen(nn.Module):
             attention, whether or not they have children) stay in eval, so that batch statistics are neither used nor
             moved.
         lean: Keep for the backward pass only what the gradient at the input needs (default): no layer's input for
-            gradients of weights, one bit for each value of a rectifier. Values and gradients stay as they are.
+            gradients of weights, one byte for each value of a rectifier. Values and gradients stay as they are.
 
     Raises:
         TypeError: If ``network`` is not an ``nn.Module``.

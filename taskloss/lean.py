@@ -26,20 +26,25 @@ class Lean(TorchFunctionMode):
     """While this context is open, functions with a rule keep less; everything else is left as it is.
 
     Attributes:
-        made: How often each function was replaced, by name.
+        made: How often each function was made lean, by name.
+        normalised: The result of the function before, where that was a batch norm, and what its gradient needs.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.made: Counter[str] = Counter()
+        self.normalised: tuple[Tensor, tuple[Any, ...]] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         rule = RULES.get(func)
         if rule is not None and _plain(args) and not torch.compiler.is_compiling():
-            found = rule(func, *args, **(kwargs or {}))
+            found = rule(self, func, *args, **(kwargs or {}))
             if found is not NotImplemented:
                 self.made[func.__name__] += 1
+                if func is not F.batch_norm:
+                    self.normalised = None
                 return found
+        self.normalised = None
         return func(*args, **(kwargs or {}))
 
 
@@ -51,6 +56,7 @@ def is_possible() -> bool:
         and torch._C._get_tracing_state() is None
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch.autograd.forward_ad._current_level < 0
+        and torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is None
     )
 
 
@@ -69,153 +75,105 @@ def _frozen(*tensors: Tensor | None) -> bool:
 # --- the rules: the same arguments as the function, and NotImplemented where they are not the usual ones --------------
 
 
-def _convolution(rank: int) -> Rule:
-    def rule(_: Any, x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
-             groups: int = 1) -> Any:  # fmt: skip
-        stride, dilation = _each(stride, rank), _each(dilation, rank)
-        if padding == "valid":
-            padding = 0
-        elif padding == "same":
-            spare = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-            if any(s % 2 for s in spare):
-                return NotImplemented
-            padding = tuple(s // 2 for s in spare)
-        geometry = (stride, _each(padding, rank), dilation, False, (0,) * rank, groups)
-        return _convolve(rank, x, weight, bias, geometry)
+def _linear(_: Lean, func: Any, x: Tensor, weight: Any, bias: Any = None, *rest: Any, **more: Any) -> Any:
+    """A function that is linear in x: its backward pass needs the weight, and the size of x."""
+    if not _frozen(weight, bias):
+        return NotImplemented
+    return layers.saving(lambda: func(x, weight, bias, *rest, **more), layers.keep_weights)
+
+
+def _pool(_: Lean, func: Any, input: Tensor, *rest: Any, **more: Any) -> Any:
+    return layers.saving(lambda: func(input, *rest, **more), layers.keep_weights)
+
+
+def _max_pool(rank: int) -> Rule:
+    def rule(_: Lean, func: Any, input: Tensor, *rest: Any, **more: Any) -> Any:
+        keep = layers.keep_places(input.shape[-rank:].numel())
+        return layers.saving(lambda: func(input, *rest, **more), keep)
 
     return rule
 
 
-def _transposed(rank: int) -> Rule:
-    def rule(_: Any, x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0,
-             output_padding: Any = 0, groups: int = 1, dilation: Any = 1) -> Any:  # fmt: skip
-        stride, padding, output_padding, dilation = (
-            _each(v, rank) for v in (stride, padding, output_padding, dilation)
-        )
-        return _convolve(rank, x, weight, bias, (stride, padding, dilation, True, output_padding, groups))
-
-    return rule
-
-
-def _convolve(rank: int, x: Tensor, weight: Tensor, bias: Any, geometry: Any) -> Any:
-    if not _frozen(weight, bias) or x.dim() != rank + 2:
-        return NotImplemented
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
-        return layers.Convolve.apply(x, weight, bias, geometry)
-    if x.dtype is torch.float64:  # which autocast leaves alone
-        return NotImplemented
-    low = torch.get_autocast_dtype(kind)
-    cast = [None if t is None else t.to(low) for t in (x, weight, bias)]
-    with torch.autocast(kind, enabled=False):
-        return layers.Convolve.apply(*cast, geometry)
-
-
-def _batch_norm(func: Any, x: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
-                training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Any:  # fmt: skip
+def _batch_norm(mode: Lean, func: Any, x: Tensor, running_mean: Any, running_var: Any, weight: Any = None,
+                bias: Any = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Any:  # fmt: skip
     if training or running_var is None or not _frozen(running_mean, running_var, weight, bias):
         return NotImplemented
 
     def compute(x: Tensor) -> Tensor:
         return func(x, running_mean, running_var, weight, bias, False, momentum, eps)  # type: ignore[no-any-return]
 
-    return layers.Normalise.apply(x, compute, running_var, weight, eps)
+    y = layers.Normalise.apply(x, compute, running_var, weight, eps)
+    mode.normalised = (y, (x, running_var, weight, eps))
+    return y
 
 
-def _instance_norm(func: Any, x: Tensor, running_mean: Any = None, running_var: Any = None, weight: Any = None,
-                   bias: Any = None, use_input_stats: bool = True, *rest: Any, **more: Any) -> Any:  # fmt: skip
+def _instance_norm(mode: Lean, func: Any, x: Tensor, running_mean: Any = None, running_var: Any = None,
+                   weight: Any = None, bias: Any = None, use_input_stats: bool = True, *rest: Any,
+                   **more: Any) -> Any:  # fmt: skip
     if x.dim() < 3:
         return NotImplemented
-    return _batch_norm(func, x, running_mean, running_var, weight, bias, use_input_stats, *rest, **more)
+    return _batch_norm(mode, func, x, running_mean, running_var, weight, bias, use_input_stats, *rest, **more)
 
 
-def _rectify(x: Tensor, compute: Any, passing: Any, inplace: bool, below: Any = None) -> Any:
-    if not layers.is_dense(x) or (inplace and x.is_leaf):  # which autograd refuses in its own words
-        return NotImplemented
-    return layers.Rectify.apply(x, compute, passing, below)
+def _rectify(mode: Lean, x: Tensor, compute: Any, inplace: bool, mask_of: Any, below: Any = None,
+             stand_in: Any = None) -> Any:  # fmt: skip
+    if inplace and mode.normalised is not None and mode.normalised[0] is x:  # nobody has seen what is overwritten
+        z, *state = mode.normalised[1]
+        return layers.NormaliseRectify.apply(x, z, compute, mask_of, below, *state)
+    return layers.saving(lambda: compute(x), layers.keep_mask(mask_of, stand_in))
 
 
-def _relu(func: Any, input: Tensor, inplace: bool = False) -> Any:
+def _relu(mode: Lean, func: Any, input: Tensor, inplace: bool = False) -> Any:
     inplace = inplace or _in_place(func)
-    return _rectify(input, torch.relu_ if inplace else torch.relu, _is_not_zero, inplace)
+    return _rectify(mode, input, torch.relu_ if inplace else torch.relu, inplace, _is_not_zero)
 
 
-def _leaky_relu(func: Any, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
+def _leaky_relu(mode: Lean, func: Any, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
     inplace = inplace or _in_place(func)
-    if not negative_slope > 0:
-        return NotImplemented  # the output's sign would not be the input's
     compute = functools.partial(F.leaky_relu, negative_slope=negative_slope, inplace=inplace)
-    return _rectify(input, compute, _is_positive, inplace, negative_slope)
+    return _rectify(mode, input, compute, inplace and negative_slope > 0, _is_positive, float(negative_slope))
 
 
-def _prelu(func: Any, input: Tensor, weight: Tensor) -> Any:
-    if not _frozen(weight) or input.dim() < 2 or weight.dtype != input.dtype or bool((weight <= 0).any()):
+def _prelu(mode: Lean, func: Any, input: Tensor, weight: Tensor) -> Any:
+    if not _frozen(weight):
         return NotImplemented
-    slope = weight.reshape(1, -1, *[1] * (input.dim() - 2))
-    return _rectify(input, functools.partial(torch.prelu, weight=weight), _is_positive, False, slope)
-
-
-# A comparison is five times as slow on a CPU as the cast of a number to whether it is not zero.
+    compute = functools.partial(torch.prelu, weight=weight)
+    signed = functools.partial(torch.sub, other=0.5)  # second derivatives ask whether it is negative
+    return _rectify(mode, input, compute, False, _is_positive, stand_in=signed)
 
 
 def _is_not_zero(y: Tensor) -> Tensor:
-    return y.to(torch.bool)  # NaN is not zero: its gradient passes, as it does in autograd
+    # Several times as fast as a comparison. NaN is not zero: its gradient passes, as it does in autograd.
+    return y.to(torch.bool)
 
 
 def _is_positive(y: Tensor) -> Tensor:
-    return torch.fmax(y, y.new_zeros(())).to(torch.bool)  # NaN becomes zero: its gradient is that of the slope
+    return y > 0  # NaN is not: its gradient is that of the slope
 
 
-def _relu6(func: Any, input: Tensor, inplace: bool = False) -> Any:
-    return _hardtanh(func, input, 0.0, 6.0, inplace)
+def _relu6(mode: Lean, func: Any, input: Tensor, inplace: bool = False) -> Any:
+    return _hardtanh(mode, func, input, 0.0, 6.0, inplace)
 
 
-def _hardtanh(func: Any, input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Any:
+def _hardtanh(mode: Lean, func: Any, input: Tensor, min_val: float = -1.0, max_val: float = 1.0,
+              inplace: bool = False) -> Any:  # fmt: skip
     inplace = inplace or _in_place(func)
-    if not max_val - min_val >= 1:
-        return NotImplemented  # the product below could underflow
+    if not max_val - min_val >= 1e-3 * max(1.0, abs(min_val)):
+        return NotImplemented  # there may be no number between them
     compute = functools.partial(F.hardtanh, min_val=min_val, max_val=max_val, inplace=inplace)
 
     def inside(y: Tensor) -> Tensor:
-        return (y - min_val).mul_(max_val - y).to(torch.bool)
+        one = y if min_val >= 0 else torch.ones_like(y)  # anything that is not zero where the gradient passes
+        return aten.hardtanh_backward(one, y, min_val, max_val).to(torch.bool)  # type: ignore[no-any-return]
 
-    return _rectify(input, compute, inside, inplace)
+    def between(mask: Tensor) -> Tensor:
+        return mask.mul_((max_val - min_val) / 2).add_(min_val)
 
-
-def _max_pool(rank: int) -> Rule:
-    def rule(func: Any, input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
-             ceil_mode: bool = False, return_indices: bool = False) -> Any:  # fmt: skip
-        if return_indices or input.dim() != rank + 2:
-            return NotImplemented
-        window = (
-            _each(kernel_size, rank),
-            _each(kernel_size if stride is None or stride in ([], ()) else stride, rank),
-            _each(padding, rank),
-            _each(dilation, rank),
-            ceil_mode,
-        )
-        return layers.MaxPool.apply(input, rank, *window)
-
-    return rule
+    return _rectify(mode, input, compute, inplace, inside, None, between)
 
 
-def _avg_pool(rank: int) -> Rule:
-    compute, back = (F.avg_pool2d, aten.avg_pool2d_backward) if rank == 2 else (F.avg_pool3d, aten.avg_pool3d_backward)
-
-    def rule(func: Any, input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
-             count_include_pad: bool = True, divisor_override: Any = None) -> Any:  # fmt: skip
-        if input.dim() != rank + 2:
-            return NotImplemented
-        kernel, padding = _each(kernel_size, rank), _each(padding, rank)
-        stride = _each(kernel_size if stride is None or stride in ([], ()) else stride, rank)
-        how = (kernel, stride, padding, ceil_mode, count_include_pad, divisor_override)
-        return layers.ByShape.apply(input, compute, back, *how)
-
-    return rule
-
-
-def _attention(func: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0,
-               is_causal: bool = False, **more: Any) -> Any:  # fmt: skip
+def _attention(_: Lean, func: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None,
+               dropout_p: float = 0.0, is_causal: bool = False, **more: Any) -> Any:  # fmt: skip
     if dropout_p or not _frozen(attn_mask) or torch.is_autocast_enabled(query.device.type):
         return NotImplemented
 
@@ -225,24 +183,13 @@ def _attention(func: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: 
     return layers.Attend.apply(query, key, value, attn_mask, compute)
 
 
-def _each(value: Any, rank: int) -> tuple[int, ...]:
-    if type(value) is tuple and len(value) == rank:  # as modules have it
-        return value
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    return values * rank if len(values) == 1 else values
-
-
 def _in_place(func: Any) -> bool:
     return bool(func.__name__.endswith("_"))
 
 
 RULES: dict[Any, Rule] = {
-    F.conv1d: _convolution(1),
-    F.conv2d: _convolution(2),
-    F.conv3d: _convolution(3),
-    F.conv_transpose1d: _transposed(1),
-    F.conv_transpose2d: _transposed(2),
-    F.conv_transpose3d: _transposed(3),
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _linear),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _linear),
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_), _relu),
@@ -250,11 +197,8 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys((F.prelu, torch.prelu, Tensor.prelu), _prelu),
     F.relu6: _relu6,
     **dict.fromkeys((F.hardtanh, F.hardtanh_), _hardtanh),
-    F.max_pool2d: _max_pool(2),
-    F.max_pool3d: _max_pool(3),
-    torch.max_pool2d: _max_pool(2),
-    torch.max_pool3d: _max_pool(3),
-    F.avg_pool2d: _avg_pool(2),
-    F.avg_pool3d: _avg_pool(3),
+    **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _max_pool(2)),
+    **dict.fromkeys((F.max_pool3d, torch.max_pool3d), _max_pool(3)),
+    **dict.fromkeys((F.avg_pool2d, F.avg_pool3d), _pool),
     F.scaled_dot_product_attention: _attention,
 }
