@@ -43,6 +43,7 @@ class TaskConsistencyLoss(Term):
         copy: Keep a deep copy of the network (default); False freezes the caller's own in place.
         checkpoint: Recompute the activations of x_hat's branch in the backward pass instead of storing them.
         lean: Keep only what the gradient at x_hat needs (default; see :class:`Frozen`).
+        fold: Put batch norm into the convolution before it: faster, equal up to rounding (see :class:`Frozen`).
         cache: Keep the reference's features and reuse them while an equal reference comes again (fitting one image
             for many steps, balancing after logging), unless ``preprocess`` is random. Costs a comparison with a copy
             of the reference, and a device sync; with ``copy=False`` a look at every weight too.
@@ -84,13 +85,14 @@ class TaskConsistencyLoss(Term):
         copy: bool = True,
         checkpoint: bool = False,
         lean: bool = True,
+        fold: bool = False,
         cache: bool = False,
         expects: tuple[float, float] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         check_callable(self.where, distance, "distance must be callable as distance(prediction, target)")
-        self.task_model: Frozen = freeze(task_model, copy=copy, checkpoint=checkpoint, lean=lean)
+        self.task_model: Frozen = freeze(task_model, copy=copy, checkpoint=checkpoint, lean=lean, fold=fold)
         if isinstance(layers, str):
             layers = [layers]
         if layers is not None and not layers:

@@ -16,6 +16,7 @@ from taskloss import lean as _lean
 from taskloss.arguments import label_name
 from taskloss.checks import InputError
 from taskloss.features import capture
+from taskloss.folding import fold_
 from taskloss.holdings import (
     checksums,
     copy_of,
@@ -54,6 +55,9 @@ class Frozen(nn.Module):
             moved.
         lean: Keep for the backward pass only what the gradient at the input needs (default): no layer's input for
             gradients of weights, one byte for each value of a rectifier. Values and gradients stay as they are.
+        fold: Put batch norm into the weights of the convolution before it, where that is its only reader (found by
+            ``torch.fx``, or within ``nn.Sequential``). Faster; outputs and gradients differ by rounding. A folded
+            convolution gives what its norm gave, and :meth:`digest` is that of the folded weights.
 
     Raises:
         TypeError: If ``network`` is not an ``nn.Module``.
@@ -74,6 +78,7 @@ class Frozen(nn.Module):
         checkpoint: bool = False,
         computes_loss: bool = False,
         lean: bool = True,
+        fold: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(network, nn.Module):
@@ -90,6 +95,8 @@ class Frozen(nn.Module):
         if isinstance(network, Frozen):
             network = network.network
         _check_has_values(network)
+        if fold and not copy:
+            raise InputError("frozen", "fold=True changes weights, which copy=False shares; drop one of the two")
         if copy:
             network = copy_of(network)
         modules = modules_of(network)
@@ -101,6 +108,7 @@ class Frozen(nn.Module):
             parameter.grad = None
         for _, module in modules:
             module.training = False
+        self.n_folded: int | None = fold_(network) if fold else None  # batch norms that went into a convolution
         # A list is invisible to nn.Module's registry; that is the whole trick.
         self._hidden = [network]
         registered = set(network.modules())
@@ -206,7 +214,8 @@ class Frozen(nn.Module):
         count = sum(p.numel() for p in self.network.parameters())
         made = f" ({', '.join(f'{n} {name}' for name, n in self.made_lean.items())})" if self.made_lean else ""
         words = f"{type(self.network).__name__}, {count:,} parameters, checkpoint={self.checkpoint}"
-        return f"{words}, lean={self.lean}{made}"
+        folded = "" if self.n_folded is None else f", fold=True ({self.n_folded} batch norms)"
+        return f"{words}, lean={self.lean}{made}{folded}"
 
     def _run(self, function: Callable[..., Any], /, *inputs: Any, **named: Any) -> Any:
         if self.lean and _lean.is_possible():
@@ -283,11 +292,14 @@ def freeze(
     checkpoint: bool = False,
     computes_loss: bool = False,
     lean: bool = True,
+    fold: bool = False,
 ) -> Frozen:
     """Freeze a network, or share one that is frozen already."""
-    if isinstance(network, Frozen) and not (checkpoint or computes_loss or (network.lean and not lean)):
-        return network
-    return Frozen(network, copy=copy, checkpoint=checkpoint, computes_loss=computes_loss, lean=lean)
+    if isinstance(network, Frozen):
+        folds = fold and network.n_folded is None
+        if not (checkpoint or computes_loss or folds or (network.lean and not lean)):
+            return network
+    return Frozen(network, copy=copy, checkpoint=checkpoint, computes_loss=computes_loss, lean=lean, fold=fold)
 
 
 def hold(function: Callable[..., Any] | None) -> Callable[..., Any] | None:

@@ -55,6 +55,7 @@ class TaskOrientedLoss(Term):
         copy: Keep a deep copy of T (default); False freezes the caller's own network in place.
         checkpoint: Recompute T's activations in the backward pass instead of storing them.
         lean: Keep only what the gradient at x_hat needs (default; see :class:`Frozen`).
+        fold: Put batch norm into the convolution before it: faster, equal up to rounding (see :class:`Frozen`).
         ensemble: With several networks, ``"mean"`` or ``"turns"`` (one per training call, not in eval mode or under
             ``no_grad``; the turn is in ``state_dict``).
         missing: A sample whose label is filled with this value alone has no label, in tensors, lists, tuples and
@@ -98,6 +99,7 @@ class TaskOrientedLoss(Term):
         copy: bool = True,
         checkpoint: bool = False,
         lean: bool = True,
+        fold: bool = False,
         ensemble: Literal["mean", "turns"] = "mean",
         missing: float | None = None,
         expects: tuple[float, float] | None = None,
@@ -115,7 +117,8 @@ class TaskOrientedLoss(Term):
             )
         computes_loss = task_criterion is None
         self.task_models = nn.ModuleList(
-            freeze(model, copy=copy, checkpoint=checkpoint, computes_loss=computes_loss, lean=lean) for model in models
+            freeze(model, copy=copy, checkpoint=checkpoint, computes_loss=computes_loss, lean=lean, fold=fold)
+            for model in models
         )
         self.task_criterion = hold(task_criterion)
         self.preprocess = prepare(preprocess, generator)

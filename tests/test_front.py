@@ -30,9 +30,15 @@ def test_a_ratio_is_told_whichever_way_round_the_target_has_it() -> None:
 
 def test_the_memory_line_is_that_of_the_lean_benchmark_where_there_is_one() -> None:
     key = "lean / autograd: bytes held between forward and backward"
-    cases = [{"name": f"{name}, 1 x 3", "values": {key: ratio}} for name, ratio in [("A", 0.3), ("B", 0.9), ("C", 0.4)]]
+    target = {"quantity": "seconds", "ours": "lean", "theirs": "autograd", "at_most": 1.0, "at_least": None}
+    cases = [
+        {"name": f"{name}, 1 x 3", "values": {key: held}, "seconds": {"lean": [time], "autograd": [1.0]},
+         "targets": [target]}
+        for name, held, time in [("A", 0.3, 0.95), ("B", 0.9, 1.1), ("C", 0.4, 1.0)]
+    ]  # fmt: skip
     line = front.memory({"lean": {"cases": cases}})
     assert "0.30 (A) to 0.90 (B)" in line and "median 0.40 of 3 networks" in line
+    assert line.endswith("at the same gradient and 0.95 to 1.10 of the time.")
 
 
 def test_before_and_after_are_the_rows_of_the_best_confirming_comparison(tmp_path) -> None:

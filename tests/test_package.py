@@ -14,7 +14,7 @@ import taskloss
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"checks", "trees", "distributed", "lean_layers", "page", "randomness", "signals", "_version"},
+    {"checks", "trees", "distributed", "folding", "lean_layers", "page", "randomness", "signals", "_version"},
     {"finite", "precision", "holdings", "lean", "arguments", "labels", "memory", "ranges", "reach"},
     {"features", "diagnosis"},
     {"frozen", "algebra", "watching"},
