@@ -16,7 +16,7 @@ from taskloss import Fidelity, LossSum, TaskOrientedLoss
 HELD, PEAK = "bytes held between forward and backward", "bytes at the peak"
 SIZE, QUICK_SIZE = (32, 96, 96), (8, 16, 16)
 TASK_WIDTH = 16
-SIDES: dict[str, dict[str, bool]] = {"checkpointed": {"checkpoint": True}, "lean": {}, "stored": {"lean": False}}
+SIDES: dict[str, dict[str, Any]] = {"checkpointed": {"checkpoint": True}, "lean": {}, "stored": {"lean": False}}
 TIME = {"checkpointed": 1.4, "lean": 1.0}
 OURS = [name for name in SIDES if name != "stored"]
 

@@ -32,13 +32,14 @@ def fold_(network: nn.Module) -> int:
     owners = Counter(id(p) for m in once for p in m.parameters(recurse=False))
     n_folded = 0
     for conv_name, norm_name in list(_pairs(network)):
-        conv, norm = network.get_submodule(conv_name), network.get_submodule(norm_name)
+        conv: Any = network.get_submodule(conv_name)
+        norm: Any = network.get_submodule(norm_name)
         alone = {conv, norm} <= once and all(owners[id(p)] == 1 for p in conv.parameters())
         if not (alone and _is_plain(conv, CONVOLUTIONS) and _is_plain(norm, NORMS)) or norm.running_var is None:
             continue
         state = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
         with torch.no_grad():
-            conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *state)  # type: ignore[arg-type]
+            conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *state)
         for parameter in conv.parameters():
             parameter.requires_grad_(False)
         parent, _, own = norm_name.rpartition(".")
