@@ -56,8 +56,9 @@ class Frozen(nn.Module):
         lean: Keep for the backward pass only what the gradient at the input needs (default): no layer's input for
             gradients of weights, one byte for each value of a rectifier. Values and gradients stay as they are.
         fold: Put batch norm into the weights of the convolution before it, where that is its only reader (found by
-            ``torch.fx``, or within ``nn.Sequential``). Faster; outputs and gradients differ by rounding. A folded
-            convolution gives what its norm gave, and :meth:`digest` is that of the folded weights.
+            ``torch.fx``, or within ``nn.Sequential``). Faster; outputs differ by rounding, and so do gradients,
+            which jump where that takes a rectifier across zero. A folded convolution gives what its norm gave, and
+            :meth:`digest` is that of the folded weights.
 
     Raises:
         TypeError: If ``network`` is not an ``nn.Module``.
