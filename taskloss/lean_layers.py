@@ -36,7 +36,7 @@ def saving(function: Callable[[], Any], keep: Callable[[Tensor], Kept]) -> Any:
         kept, back = keep(tensor)
         return (kept if kept is None or outer is None else outer[0](kept)), back
 
-    def unpack(packed: Any) -> Tensor:
+    def unpack(packed: Any) -> Any:
         kept, back = packed
         if kept is not None and outer is not None:
             kept = outer[1](kept)
