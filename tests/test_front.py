@@ -32,8 +32,8 @@ def test_the_memory_line_is_that_of_the_lean_benchmark_where_there_is_one() -> N
     key = "lean / autograd: bytes held between forward and backward"
     target = {"quantity": "seconds", "ours": "lean", "theirs": "autograd", "at_most": 1.0, "at_least": None}
     cases = [
-        {"name": f"{name}, 1 x 3", "values": {key: held}, "peak_bytes": {}, "seconds": {"lean": [time], "autograd": [1.0]},
-         "targets": [target]}
+        {"name": f"{name}, 1 x 3", "values": {key: held}, "peak_bytes": {}, "targets": [target],
+         "seconds": {"lean": [time], "autograd": [1.0]}}
         for name, held, time in [("A", 0.3, 0.95), ("B", 0.9, 1.1), ("C", 0.4, 1.0)]
     ]  # fmt: skip
     line = front.memory({"lean": {"cases": cases}})
