@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..run import replacing
+from ..run import is_intact, replacing
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -45,6 +45,8 @@ def read_checkpoint(
         if start not in (b"PK\x03\x04", b""):  # torch.save writes zip files; anything else is not even tried
             raise pickle.UnpicklingError
         content = torch.load(path, map_location="cpu", weights_only=True)
+        if not is_intact(path):  # a flipped bit in a weight would go unnoticed
+            raise OSError("a checksum differs")
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path.name}: expected {what}, got another file, which is not unpickled for safety; give {source}"

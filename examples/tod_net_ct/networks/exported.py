@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ def write_weights(folder: Path, network: Denoiser) -> Path:
     path = folder / WEIGHTS
     weights = {key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()}
     header = {"format": _FORMAT, "config": json.dumps(network.config), "facts": json.dumps(network.facts)}
+    header["sha256"] = _digest(weights, header)
     with replacing(path) as unfinished:
         save_file(weights, unfinished, metadata=header)
     return path
@@ -75,6 +78,9 @@ def load_weights(path: Path) -> Denoiser:
         raise ValueError(
             f"{path.name}: expected an exported denoiser ({_FORMAT}), got other weights; make it by `export`"
         )
+    digest = header.pop("sha256", None)  # an export of an earlier version has none
+    if digest is not None and digest != _digest(weights, header):
+        raise ValueError(f"{path.name}: expected the weights as `export` wrote them, got others; copy the file again")
     try:
         network = Denoiser(**json.loads(header["config"]))
         network.load_state_dict(weights)
@@ -88,6 +94,14 @@ def load_weights(path: Path) -> Denoiser:
         raise ValueError(f"{path.name}: expected finite weights, got NaN or infinity; export an earlier checkpoint")
     network.facts = {**facts, "window_hu": (float(lower), float(upper))}
     return network.eval()
+
+
+def _digest(weights: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> str:
+    """SHA-256 of the weights and of what the header says of them: safetensors has no checksum of its own."""
+    total = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for key in sorted(weights):
+        total.update(key.encode() + weights[key].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def _downloaded(name: str, revision: str | None) -> Path:

@@ -3,7 +3,7 @@
 Everything else stands on this room, which knows nothing of CT.
 """
 
-from .files import digest, load_tensors, read_json, replacing, save_tensors, write_text
+from .files import digest, is_intact, load_tensors, read_json, replacing, save_tensors, write_text
 from .lock import occupy
 from .presets import PRESETS, from_yaml
 from .settings import (
@@ -49,6 +49,7 @@ __all__ = [
     "finish",
     "from_yaml",
     "is_done",
+    "is_intact",
     "load_tensors",
     "occupy",
     "one_thread",

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..dose import to_unit
-from ..run import check_intact, load_tensors, read_json, save_tensors
+from ..run import check_intact, is_intact, load_tensors, read_json, save_tensors
 from .grid import OUTSIDE_HU, crop_or_pad, resample, sub_volume_starts, training_grid
 from .preparation import cases_of, grid_of
 
@@ -49,6 +49,7 @@ class Cases(Dataset[tuple[Tensor, Tensor, Tensor]]):
                 f"{folder / 'manifest.json'}: expected a stage's manifest, got a damaged file; remove the folder "
                 f"{folder} and start again"
             ) from error
+        self._looked_at: set[Path] = set()  # resampled cases that are known to be whole
         self.items = [(i, 0) for i in range(len(self.paths))]
         if split == "train":
             self.items = [
@@ -94,7 +95,7 @@ class Cases(Dataset[tuple[Tensor, Tensor, Tensor]]):
         if self._about[path.stem]["on_training_grid"]:
             return self._original(path)
         kept = self._cache / path.name
-        if not kept.is_file():
+        if not kept.is_file() or not (kept in self._looked_at or is_intact(kept)):  # a damaged one is made again
             self._drop_old_caches()
             case = self._original(path)
             source = grid_of(case)
@@ -105,6 +106,7 @@ class Cases(Dataset[tuple[Tensor, Tensor, Tensor]]):
             )
             mask = resample(case["mask"], source, target, fill=0, nearest=True)
             save_tensors(kept, normal_hu=normal_hu, low_hu=low_hu, mask=mask)  # whole or not: two processes may meet
+        self._looked_at.add(kept)
         return load_tensors(kept, mmap=True)
 
     @functools.cached_property

@@ -234,15 +234,27 @@ def _decathlon_labels(path: Path) -> Labels | None:
 
 
 def _by_patients_file(cases: list[Case], path: Path) -> list[Case]:
+    """The cases with the patients that a file tells; a line that is passed over could hide that two are of one."""
     if not path.is_file():
         return cases
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            patients = {row[0].strip(): row[1].strip() for row in csv.reader(file) if len(row) == 2}
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a mark before the first line
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(
             f"{path.name}: expected lines 'case,patient' in UTF-8, got another file; write it again"
         ) from error
+    patients: dict[str, str] = {}
+    for number, row in enumerate(rows, start=1):
+        if not any(row):
+            continue
+        if len(row) != 2 or not all(row):
+            raise ValueError(f"{path.name}: expected 'case,patient' in line {number}, got {','.join(row)!r}; mend it")
+        if patients.setdefault(row[0], row[1]) != row[1]:
+            raise ValueError(
+                f"{path.name}: expected one patient for {row[0]}, got {patients[row[0]]} and in line {number} "
+                f"{row[1]}; take one out"
+            )
     for case in cases:
         if case.name not in patients:
             raise ValueError(f"{path.name}: expected a line 'case,patient' for {case.name}, got none; add it")

@@ -27,10 +27,17 @@ def by_patient(measurements: Path, table: Path, folds: Collection[str], guided: 
     values: dict[tuple[str, ...], list[float]] = defaultdict(list)
     complete = _complete(measurements, folds)
     for path in sorted(measurements.rglob("*.csv")):
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                for key in _keys(row, guided, complete):
-                    values[key].append(float(row["value"]))
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    if None in (*row, *row.values()):
+                        raise ValueError("a line is not whole")
+                    for key in _keys(row, guided, complete):
+                        values[key].append(float(row["value"]))
+        except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
+            raise ValueError(
+                f"{path}: expected rows of measurements, got a damaged file; remove it, and it is measured again"
+            ) from error
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)

@@ -11,14 +11,13 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..dose import degrade
 from ..evaluation import Row, device_of, judges, measure_case
-from ..run import PRESETS, Settings, progress, results_of, write_text
+from ..run import PRESETS, Settings, progress, read_json, results_of, write_text
 from ..scans import Cases, prepare
 from ..training import RECIPES, restorer, train_denoiser, train_task
 from .real import real_pairs, real_scans
@@ -104,8 +103,7 @@ def tune(settings: Settings, names: Sequence[str], output: Path, results: Path) 
         for value in values:
             folder = train_denoiser(f"{name}@{field}={value}", settings, run)
             found[name][str(value)] = round(results_of(folder)["best_validation"], 7)
-    with suppress(OSError, json.JSONDecodeError):  # another process may have written its part meanwhile
-        found = json.loads((results / "tuning.json").read_text())["validation_mse"] | found
+    found = tuned_before(results) | found  # another process may have written its part meanwhile
     best = {name: min(errors, key=errors.__getitem__) for name, errors in found.items()}
     tuning = {
         "seed": settings.seed, "field": field, "validation_mse": found,
@@ -113,6 +111,22 @@ def tune(settings: Settings, names: Sequence[str], output: Path, results: Path) 
     }  # fmt: skip
     write_text(results / "tuning.json", json.dumps(tuning, indent=1) + "\n")
     return tuning
+
+
+def tuned_before(results: Path) -> dict[str, dict[str, float]]:
+    """The validation errors that ``tuning.json`` holds; empty if there is none.
+
+    Raises:
+        ValueError: the file is damaged; to write over it would lose what another process found.
+    """
+    path = results / "tuning.json"
+    if not path.exists():
+        return {}
+    mend = "remove it to tune anew"
+    found = read_json(path, mend).get("validation_mse")
+    if not isinstance(found, dict) or not all(isinstance(errors, dict) for errors in found.values()):
+        raise ValueError(f"{path}: expected the errors of a tuning, got a file without 'validation_mse'; {mend}")
+    return found
 
 
 def make_ready(settings: Settings, run: Path, networks: Sequence[str]) -> None:

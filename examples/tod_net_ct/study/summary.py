@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 from ..evaluation import Row, heading, title
 from ..metrics import holm, paired_over_seeds
-from ..run import replacing, write_text
+from ..run import read_json, replacing, write_text
 from ..training import FILTERS
 from .cost import sentences
 from .forest import forest
 from .real import FINE_TUNED, FINE_TUNING_STEPS, SCRATCH
 from .results import HERE
 
+AGAIN = "remove it and run the study again, which measures what is missing"
 BASELINES = ("mse_wgan", "vgg_wgan", "sa_wgan")
 UNSEEN = ("vnet", "res_unet", "vox_resnet")
 NETWORKS = ("unet", *UNSEEN)
@@ -81,8 +82,8 @@ def summarise(results: Path) -> str:
         "seeds": {name: sorted({r["seed"] for r in rows if r["denoiser"] == name}) for name in _names(rows)},
         "means": {dose: {n: _means(rows, dose, n) for n in _names(rows)} for dose in ("low", "normal")},
         "answers": answers(rows),
-        "pairs": {path.stem: json.loads(path.read_text()) for path in sorted((results / "pairs").glob("*.json"))},
-        "tuning": json.loads(path.read_text()) if (path := results / "tuning.json").exists() else {},
+        "pairs": {path.stem: read_json(path, AGAIN) for path in sorted((results / "pairs").glob("*.json"))},
+        "tuning": read_json(path, AGAIN) if (path := results / "tuning.json").exists() else {},
     }
     write_text(results / "study.json", json.dumps(found, indent=1) + "\n")
     scans = rows_of(path) if (path := results / "scans.csv").exists() else []
@@ -105,7 +106,10 @@ def read(results: Path) -> list[Row]:
     """Every row of every measurement, with its seed."""
     rows: list[Row] = []
     for path in sorted((results / "measurements").glob("seed-*/*.csv")):
-        seed = int(path.parent.name.removeprefix("seed-"))
+        number = path.parent.name.removeprefix("seed-")
+        if not number.isdecimal():
+            raise ValueError(f"{path.parent}: expected a folder seed-N, N a number, got seed-{number}; rename it")
+        seed = int(number)
         rows += [{"seed": seed, **row} for row in rows_of(path)]
     if not rows:
         raise ValueError(f"{results}: expected measurements, found none; run the study first")
@@ -113,10 +117,21 @@ def read(results: Path) -> list[Row]:
 
 
 def rows_of(path: Path) -> list[Row]:
-    """The rows of one file of measurements."""
+    """The rows of one file of measurements.
+
+    Raises:
+        ValueError: the file is damaged: a line without its cells, a number that is none, no line at all.
+    """
     words = ("case", "dose", "denoiser")
-    with path.open() as file:
-        return [{k: v if k in words else float(v or "nan") for k, v in row.items()} for row in csv.DictReader(file)]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file))
+        whole = [None not in (*line, *line.values()) and all(line[word] for word in words) for line in lines]
+        if not lines or not all(whole):
+            raise ValueError("a line is not whole")
+        return [{k: v if k in words else float(v or "nan") for k, v in line.items()} for line in lines]
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise ValueError(f"{path}: expected rows of measurements, got a damaged file; {AGAIN}") from error
 
 
 def answers(rows: Sequence[Row]) -> list[dict[str, Any]]:

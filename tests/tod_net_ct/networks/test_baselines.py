@@ -16,6 +16,29 @@ from examples.tod_net_ct.training import recipes as denoisers
 from taskloss import GradientPenalty, WeightClipping
 
 SMALL = replace(Settings(), shape=(8, 16, 16), critic_channels=(2, 2, 2), width=2)
+WIDE = replace(SMALL, critic_channels=(3, 5, 7))
+CRITIC = [(1, 3, (3, 3, 3), (2, 2, 2)), (3, 5, (3, 3, 3), (2, 2, 2)), (5, 7, (3, 3, 3), (1, 1, 1))]
+
+
+def convolutions(network: nn.Module) -> list[tuple]:
+    """Channels in and out, kernel and stride of every convolution, in order."""
+    convs = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))]
+    return [(m.in_channels, m.out_channels, m.kernel_size, m.stride) for m in convs]
+
+
+@pytest.mark.parametrize("name", ["tod_net", "sacnn_mse", "cnn_mse"])
+def test_each_recipe_has_the_network_of_its_paper_at_the_width_of_the_settings(name) -> None:
+    network = denoisers.network_of(denoisers.RECIPES[name], replace(Settings(), width=32))
+    sizes = [(before, after, kernel) for before, after, kernel, _ in convolutions(network)]
+    if name == "tod_net":
+        widths = [1, 32, 64, 128, 256, 128, 64, 32, 1]
+        assert sizes == [(a, b, (3, 3, 3)) for a, b in zip(widths, widths[1:], strict=False)]
+    elif name == "cnn_mse":
+        assert sizes == [(1, 64, (3, 9, 9)), (64, 32, (3, 3, 3)), (32, 1, (3, 5, 5))]
+    else:
+        attentions = [m for m in network.layers if isinstance(m, baselines.SelfAttention3d)]
+        assert [attention.value.out_channels for attention in attentions] == [32, 16, 32]
+        assert [m.out_channels for m in network.layers if isinstance(m, nn.Conv3d)] == [64, 32, 16, 32, 64, 1]
 
 
 def test_attention_starts_as_the_identity_and_averages_values() -> None:
@@ -76,12 +99,19 @@ def test_filters_take_noise_away(name) -> None:
 
 
 def test_each_recipe_has_the_critic_of_its_paper() -> None:
-    clipped = denoisers.critic_of(denoisers.RECIPES["tod_net"], replace(SMALL, clip=0.02))
+    clipped = denoisers.critic_of(denoisers.RECIPES["tod_net"], replace(WIDE, clip=0.02))
     assert isinstance(clipped.constraint, WeightClipping) and clipped.constraint.clip == 0.02
-    assert any(isinstance(module, nn.BatchNorm3d) for module in clipped.modules())
+    assert convolutions(clipped) == CRITIC
+    assert [m.num_features for m in clipped.modules() if isinstance(m, nn.BatchNorm3d)] == [3, 5, 7]
     for name in ("vgg_wgan", "sa_wgan"):
-        critic = denoisers.critic_of(denoisers.RECIPES[name], replace(SMALL, penalty_weight=7.0))
+        critic = denoisers.critic_of(denoisers.RECIPES[name], replace(WIDE, penalty_weight=7.0))
         assert isinstance(critic.constraint, GradientPenalty) and critic.constraint.weight == 7.0
+        assert convolutions(critic) == CRITIC
+        assert not [m for m in critic.modules() if "Norm" in type(m).__name__], (
+            "a penalty wants samples that do not mix"
+        )
+        (head,) = [m for m in critic.modules() if isinstance(m, nn.Linear)]
+        assert (head.in_features, head.out_features) == (7 * 1 * 2 * 2, 1)
     assert denoisers.critic_of(denoisers.RECIPES["cnn_mse"], SMALL) is None
 
 
@@ -89,9 +119,10 @@ def test_settings_of_the_critic_reach_it() -> None:
     recipe = denoisers.RECIPES["mse_wgan"]
     assert not denoisers.critic_of(recipe, SMALL).constraint.skip_norm
     assert denoisers.critic_of(recipe, replace(SMALL, clip_norm_layers=False)).constraint.skip_norm
-    instance = denoisers.critic_of(recipe, replace(SMALL, critic_norm="instance"))
-    kinds = {type(module) for module in instance.modules()}
-    assert nn.InstanceNorm3d in kinds and nn.BatchNorm3d not in kinds
+    instance = denoisers.critic_of(recipe, replace(WIDE, critic_norm="instance"))
+    norms = [m for m in instance.modules() if "Norm" in type(m).__name__]
+    assert [(type(m), m.num_features, m.affine) for m in norms] == [(nn.InstanceNorm3d, n, True) for n in (3, 5, 7)]
+    assert convolutions(instance) == CRITIC
     assert instance(torch.rand(2, 1, *SMALL.shape)).shape == (2,)
     with pytest.raises(ValueError, match="critic_norm: expected batch, instance or none, got 'group'"):
         denoisers.critic_of(recipe, replace(SMALL, critic_norm="group"))

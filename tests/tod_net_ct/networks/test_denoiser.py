@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from examples.tod_net_ct.networks import Denoiser, load_denoiser, save_checkpoint, unet
+from examples.tod_net_ct.networks import Denoiser, load_denoiser, load_weights, save_checkpoint, unet, write_weights
 from examples.tod_net_ct.networks.denoiser import UNET_SIDE_MULTIPLE
 from examples.tod_net_ct.run import Settings
 from examples.tod_net_ct.training import recipes as denoisers
@@ -226,3 +226,30 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
         assert torch.equal(kept, again)
     with pytest.raises(ValueError, match="recompute: batch norm"):
         denoisers.network_of(denoisers.RECIPES["tod_net"], replace(Settings(), recompute=True, norm="batch"))
+
+
+def flip_a_bit_of(path, tensor):
+    """Change one bit of a weight where it lies in the file."""
+    content = bytearray(path.read_bytes())
+    content[content.index(tensor.detach().numpy().tobytes()[:40]) + 2] ^= 0x40
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_in_a_weight_is_told(tmp_path):
+    network = Denoiser(2)
+    path = save_checkpoint(tmp_path / "d.pt", network)
+    flip_a_bit_of(path, network.widen[2].weight)
+    with pytest.raises(ValueError, match="^d.pt: expected a denoiser's checkpoint, got a truncated or damaged file"):
+        load_denoiser(path)
+
+
+def test_a_flipped_bit_in_an_export_is_told(tmp_path):
+    pytest.importorskip("safetensors")
+    network = load_denoiser(save_checkpoint(tmp_path / "d.pt", Denoiser(2)))
+    path = write_weights(tmp_path, network)
+    assert torch.equal(load_weights(path).widen[2].weight, network.widen[2].weight)
+    flip_a_bit_of(path, network.widen[2].weight)
+    with pytest.raises(
+        ValueError, match="^denoiser.safetensors: expected the weights as `export` wrote them, got others"
+    ):
+        load_weights(path)

@@ -276,6 +276,19 @@ def test_a_resampled_case_is_written_once_and_never_stale(tmp_path) -> None:
     assert len(list((run / "grid").glob("*/*.pt"))) == 1 and not kept.exists(), "the old one would only take room"
 
 
+def test_a_damaged_resampled_case_is_made_again(tmp_path) -> None:
+    run = tmp_path / "run"
+    prepare(scans(write_lits(tmp_path / "data")), run)
+    degrade(run)
+    before = Cases(run, "train")[0]
+    (kept,) = (run / "grid").glob("*/*.pt")
+    content = bytearray(kept.read_bytes())
+    content[len(content) // 2] ^= 0x40
+    kept.write_bytes(content)
+    assert all(torch.equal(a, b) for a, b in zip(before, Cases(run, "train")[0], strict=True))
+    assert kept.read_bytes() != bytes(content)
+
+
 def test_workers_share_the_cache_and_give_what_one_process_gives(tmp_path) -> None:
     prepare(scans(write_lits(tmp_path / "data")), tmp_path / "run")
     degrade(tmp_path / "run")

@@ -147,6 +147,34 @@ def test_a_file_may_say_which_cases_are_of_one_patient(tmp_path):
         find_cases(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"may,anna\njune,\n", "expected 'case,patient' in line 2, got 'june,'; mend it"),
+        (b"may,anna\n,bert\n", "expected 'case,patient' in line 2, got ',bert'; mend it"),
+        (b"may;anna\njune;anna\n", "expected 'case,patient' in line 1, got 'may;anna'; mend it"),
+        (b"may,anna,left\njune,bert\n", "expected 'case,patient' in line 1, got 'may,anna,left'"),
+        (b"may,anna\njune,bert\nmay,carl\n", "expected one patient for may, got anna and in line 3 carl; take one out"),
+        ("may,anna\njune,\u00e4nne\n".encode("utf-16"), "expected lines 'case,patient' in UTF-8, got another file"),
+        (b"may,anna\njune,\xe4nne\n", "expected lines 'case,patient' in UTF-8, got another file"),
+        (b"", "expected a line 'case,patient' for june, got none; add it"),
+        (b"\0\0\0", "expected "),
+    ],
+)
+def test_a_patients_file_that_could_part_a_patient_s_cases_is_refused(tmp_path, content, words):
+    touch(tmp_path, *(f"{name}{end}.nii" for name in ("may", "june") for end in ("", "_mask")))
+    (tmp_path / "patients.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=f"^patients.csv: {words}") as caught:
+        find_cases(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_patients_file_of_a_spreadsheet_is_read(tmp_path):
+    touch(tmp_path, *(f"{name}{end}.nii" for name in ("may", "june") for end in ("", "_mask")))
+    (tmp_path / "patients.csv").write_bytes('may,"M\u00fcller, Anna"\r\n\r\njune,bert \r\n'.encode("utf-8-sig"))
+    assert {case.name: case.patient for case in find_cases(tmp_path)} == {"may": "M\u00fcller, Anna", "june": "bert"}
+
+
 DATASETS = {
     "decathlon": ('{"labels": {"0": "background", "1": "liver", "2": "cancer"}}', "liver", (1, 2)),
     "the lesion alone": ('{"labels": {"0": "background", "1": "liver", "2": "cancer"}}', "cancer", (2,)),

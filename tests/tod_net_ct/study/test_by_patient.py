@@ -64,3 +64,15 @@ def test_a_patients_scans_are_averaged_and_the_image_as_it_comes_has_its_doses_n
 def test_only_all_folds_over_three_seeds_confirm(tmp_path, seeds, folds, stage):
     files = {f"fold-A/seed-{s}/{name}.csv": [row(name, 50, seed=s)] for s in seeds for name in ("mse", "tod_net")}
     assert {found for _, found in table(tmp_path, files, folds).values()} == {stage}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["ct,liver,heavy,A,0,p1,c1,mse,low,unet\n", row("mse", "7O"), row("mse", "7,0")],
+    ids=["cut", "a letter", "a comma"],
+)
+def test_a_damaged_line_is_not_left_out(tmp_path, line):
+    with pytest.raises(
+        ValueError, match="mse.csv: expected rows of measurements, got a damaged file; remove it, and it"
+    ):
+        table(tmp_path, {"fold-A/seed-0/mse.csv": [row("mse", 50), line]})

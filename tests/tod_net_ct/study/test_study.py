@@ -196,3 +196,45 @@ def test_a_training_under_another_name_is_not_done_twice(tmp_path) -> None:
     assert stage.take_twin(tmp_path / "second", own, "denoiser") and stage.is_done(tmp_path / "second", own)
     assert (tmp_path / "second" / "best.pt").read_bytes() == b"weights"
     assert stage.results_of(tmp_path / "second") == {"best_validation": 0.5}
+
+
+DAMAGED = {"empty": b"", "a list": b"[]", "null": b"null", "cut": b'{"validation_mse": {"tod', "no text": b"\xff\xfe\0",
+           "another's": b'{"seed": 0}', "of another kind": b'{"validation_mse": {"tod_net": 3}}'}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_tuning_is_told_and_not_written_over(tmp_path, content, monkeypatch) -> None:
+    monkeypatch.setattr(study, "make_ready", lambda *_: None)
+    monkeypatch.setattr(study, "train_denoiser", lambda name, settings, run: name)
+    monkeypatch.setattr(study, "results_of", lambda name: {"best_validation": 0.5})
+    (tmp_path / "tuning.json").write_bytes(content)
+    with pytest.raises(ValueError, match="tuning.json: expected .*; remove it to tune anew$"):
+        study.tune(Settings(), ["mse_wgan"], tmp_path / "runs", tmp_path)
+    assert (tmp_path / "tuning.json").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: b"",
+        lambda whole: whole[: len(whole) // 2],
+        lambda whole: whole[: whole.rindex(b",")],
+        lambda whole: whole.replace(b"15.0000", b"1S.0000", 1),
+        lambda whole: whole.replace(b"dose", b"does", 1),
+        lambda whole: whole.replace(b"test-001,", b",", 1),
+        lambda whole: whole.replace(b"test-001,", b"test-001,,", 1),
+        lambda whole: b"\xff\xfe" + whole,
+    ],
+    ids=["empty", "cut", "cut in the last line", "a letter", "a heading", "no name", "a cell too many", "no text"],
+)
+def test_damaged_measurements_are_named(measured, damage) -> None:
+    path = study.file_of(measured, 1, "mse_wgan")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"mse_wgan.csv: expected rows of measurements, got a damaged file; remove it"):
+        summary.read(measured)
+
+
+def test_a_folder_that_is_no_seed_s_is_named(measured) -> None:
+    (measured / "measurements" / "seed-1").rename(measured / "measurements" / "seed-one")
+    with pytest.raises(ValueError, match="seed-one: expected a folder seed-N, N a number, got seed-one; rename it"):
+        summary.read(measured)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import shutil
@@ -332,7 +333,19 @@ def test_task_networks_give_two_logits_and_come_back_from_their_file(name, tmp_p
 def test_the_v_net_of_the_paper_is_monai_s() -> None:
     from monai.networks.nets import VNet
 
-    assert isinstance(build("vnet", 16), VNet)
+    shapes = [
+        {name: t.shape for name, t in network.state_dict().items()} for network in (build("vnet", 16), VNet(3, 1, 2))
+    ]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(("width", "depth"), [(16, 5), (4, 4)])
+def test_v_nets_double_their_width_on_the_way_down(width, depth) -> None:
+    convs = [m for m in build("vnet", width).modules() if isinstance(m, torch.nn.Conv3d) and m.kernel_size == (5,) * 3]
+    runs = [(n, len(list(group))) for n, group in itertools.groupby(conv.out_channels for conv in convs)]
+    widths = [width * 2**level for level in range(depth)]
+    counts = {5: [1, 1, 2, 3, 4, 2, 1, 1, 1], 4: [1, 1, 2, 4, 1, 1, 1]}[depth]  # the deepest on both ways
+    assert runs == list(zip([*widths, *widths[-2:0:-1], 2], counts, strict=True))
 
 
 def test_epochs_count_passes_over_the_sub_volumes() -> None:
