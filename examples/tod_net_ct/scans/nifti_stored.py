@@ -126,7 +126,10 @@ def _read(path: Path, stream: BinaryIO | gzip.GzipFile, start: bytes, n_bytes: i
     while chunk := stream.read(2**20):
         behind += len(chunk)
         if behind > _BEHIND:
-            _refuse(path, "little or nothing behind the voxels", f"more than {_BEHIND:,} bytes")
+            raise ValueError(
+                f"{path.name}: expected little or nothing behind the voxels, got more than {_BEHIND:,} bytes; write "
+                "the file again"
+            )
     return bytes(content)
 
 

@@ -191,9 +191,10 @@ def test_a_tag_that_cannot_be_is_named(tmp_path, keyword, value, words):
         read_series(save(tmp_path / "in", slices))
 
 
-def test_enhanced_multi_frame_is_the_scan_of_its_slices(tmp_path, axial):
-    highdicom = pytest.importorskip("highdicom")
-    slices = slices_of(hu_at())
+def frames_of(folder, slices):
+    """The slices as one multi-frame file."""
+    import highdicom
+
     needed = dict.fromkeys(("ReferringPhysicianName", "PositionReferenceIndicator", "Laterality"), "")
     noon, day = pydicom.valuerep.TM("120000"), pydicom.valuerep.DA("20200304")
     needed |= dict.fromkeys(("StudyTime", "AcquisitionTime", "ContentTime"), noon)
@@ -203,9 +204,14 @@ def test_enhanced_multi_frame_is_the_scan_of_its_slices(tmp_path, axial):
             setattr(ds, keyword, value)
     legacy = highdicom.legacy.LegacyConvertedEnhancedCTImage
     made = legacy(slices, series_instance_uid="1.2.33", series_number=9, sop_instance_uid="1.2.34", instance_number=1)
-    (tmp_path / "frames").mkdir()
-    made.save_as(tmp_path / "frames" / "all.dcm", enforce_file_format=True)
-    frames, single = read_series(tmp_path / "frames"), read_series(axial)
+    folder.mkdir()
+    made.save_as(folder / "all.dcm", enforce_file_format=True)
+    return folder
+
+
+def test_enhanced_multi_frame_is_the_scan_of_its_slices(tmp_path, axial):
+    pytest.importorskip("highdicom")
+    frames, single = read_series(frames_of(tmp_path / "frames", slices_of(hu_at()))), read_series(axial)
     assert torch.equal(frames.volume_hu, single.volume_hu)
     assert frames.voxel_mm == pytest.approx(single.voxel_mm)
     np.testing.assert_allclose(frames.grid_affine, single.grid_affine, atol=1e-6)
