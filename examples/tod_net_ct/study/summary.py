@@ -78,7 +78,7 @@ def summarise(results: Path) -> str:
         ValueError: nothing was measured yet.
     """
     rows = read(results)
-    found = {
+    found: dict[str, Any] = {
         "seeds": {name: sorted({r["seed"] for r in rows if r["denoiser"] == name}) for name in _names(rows)},
         "means": {dose: {n: _means(rows, dose, n) for n in _names(rows)} for dose in ("low", "normal")},
         "answers": answers(rows),
