@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from taskloss.checks import InputError, nearest, readable, snake_case
 from taskloss.finite import not_finite, watch_gradient
 from taskloss.precision import full_precision
+from taskloss.trees import map_tensors, tensors_in
 
 Weight = float | Callable[[int], float]
 Target = Literal["reference", "label"]
@@ -351,10 +352,8 @@ def to_scalar(where: str, value: object, n_samples: int) -> Tensor:
     if isinstance(value, Tensor) and value.numel() in (1, n_samples) and value.numel() > 0:
         return value if value.dim() == 0 else value.mean()
     what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    raise InputError(
-        where,
-        f"the criterion must return a scalar or one value per sample, got {what}; reduce it with .mean()",
-    )
+    mend = "reduce it with .mean()" if isinstance(value, Tensor) else "return the loss itself, as a tensor"
+    raise InputError(where, f"the criterion must return a scalar or one value per sample, got {what}; {mend}")
 
 
 def to_numbers(tensors: Mapping[str, Tensor]) -> dict[str, float]:
@@ -391,22 +390,30 @@ def _parts(part: Term | LossSum) -> Iterator[tuple[str, Term, Weight]]:
             yield name, term, part.weights[name]
 
 
-def _version(tensor: object) -> int:
-    # Tensors of inference mode do not count.
-    seen = isinstance(tensor, Tensor) and readable(tensor) and not tensor.is_inference()
-    return tensor._version if seen else 0  # type: ignore[attr-defined]
+def _counts_writes(tensor: Tensor) -> bool:
+    return readable(tensor) and not tensor.is_inference()
+
+
+def _versions(tree: object) -> list[int]:
+    if torch.compiler.is_compiling():
+        return []
+    return [tensor._version for tensor in tensors_in(tree) if _counts_writes(tensor)]
 
 
 def _named(name: str, term: nn.Module, target: object) -> Callable[[Tensor], Tensor]:
     def compute(x_hat: Tensor) -> Tensor:
-        given = {"x_hat": x_hat, getattr(term, "reads", None) or "target": target}
-        versions = {what: _version(tensor) for what, tensor in given.items()}
+        given: dict[str, Any] = {"x_hat": x_hat}
+        if target is not None:
+            given[getattr(term, "reads", None) or "target"] = target
+        # Where nobody counts writes (compiled, torch.func, inference mode) a term gets a copy to write on.
+        given = {what: map_tensors(v, lambda t: t if _counts_writes(t) else t.clone()) for what, v in given.items()}
+        versions = {what: _versions(v) for what, v in given.items()}
         try:
-            value = term(x_hat) if target is None else term(x_hat, target)
+            value = term(*given.values())
         except InputError as error:
             raise error.at(name) from None
-        for what, tensor in given.items():
-            if _version(tensor) != versions[what]:
+        for what, v in given.items():
+            if _versions(v) != versions[what]:
                 raise InputError(
                     name,
                     f"it writes on its {what} in place, which the terms after it would see; let it work on a clone",

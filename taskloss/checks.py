@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # A complex image has two numbers per pixel, and .float() would drop one of them.
 _AS_CHANNELS = "give real and imaginary part as channels: torch.cat([{0}.real, {0}.imag], 1)"
@@ -104,6 +104,12 @@ def check_callable(where: str, function: object, usage: str) -> None:
         raise TypeError(f"{where}: {usage}, got the class {name} itself; make one of it: {name}()")
     if not callable(function):
         raise TypeError(f"{where}: {usage}, got {type(function).__name__}")
+
+
+def check_function(where: str, function: object, usage: str) -> None:
+    """Like :func:`check_callable`, where a plain class such as ``list`` is a function too; a module's class is not."""
+    if not isinstance(function, type) or issubclass(function, nn.Module):
+        check_callable(where, function, usage)
 
 
 def require(module: str, extra: str, where: str) -> Any:

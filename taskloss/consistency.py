@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from taskloss.algebra import Term, to_scalar, zero_loss
 from taskloss.arguments import arguments, images_in
 from taskloss.blame import who_blocks
-from taskloss.checks import check_callable, check_image, check_same
+from taskloss.checks import check_callable, check_function, check_image, check_same
 from taskloss.diagnosis import told
 from taskloss.features import check_layers
 from taskloss.frozen import Frozen, freeze, hold
@@ -103,7 +103,9 @@ class TaskConsistencyLoss(Term):
         if self.layers is not None:
             check_layers(self.where, self.task_model.network, list(self.layers))
         self.distance = hold(distance)
-        self.preprocess = prepare(preprocess, generator)
+        self.preprocess = prepare(self.where, preprocess, generator)
+        if output is not None:
+            check_function(self.where, output, "output must be callable as output(what the network returns)")
         self.output = hold(output)
         self.check_range = RangeCheck(self.where, expects)
         self._reach = ReachCheck()

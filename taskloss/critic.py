@@ -90,6 +90,11 @@ class WassersteinCritic(nn.Module):
             raise ValueError(
                 "wasserstein_critic: give either patch_size, for the paper's network, or network=..., for your own"
             )
+        if isinstance(patch_size, int):
+            raise ValueError(
+                f"wasserstein_critic: patch_size must have a number for each spatial axis, got {patch_size}; "
+                f"patch_size={(patch_size,) * spatial_dims}"
+            )
         self.patch_size = None if patch_size is None else tuple(patch_size)
         if network is None:
             assert self.patch_size is not None

@@ -68,7 +68,7 @@ class Fidelity(Term):
         super().__init__()
         check_callable(self.where, criterion, "criterion must be callable as criterion(x_hat, reference)")
         self.criterion = hold(criterion)
-        self.preprocess = prepare(preprocess, generator)
+        self.preprocess = prepare(self.where, preprocess, generator)
         self._reach = ReachCheck()
         inner = self.criterion.network if isinstance(self.criterion, Frozen) else None
         self._lpips = inner is not None and _is_lpips(inner)

@@ -88,9 +88,8 @@ class Frozen(nn.Module):
                     f"frozen: expected an nn.Module, got the class {network.__name__} itself; "
                     f"make one of it: {network.__name__}(...)"
                 )
-            raise TypeError(
-                f"frozen: expected an nn.Module, got {type(network).__name__}; wrap the function in an nn.Module"
-            )
+            mend = "wrap the function in an nn.Module" if callable(network) else "give the network itself"
+            raise TypeError(f"frozen: expected an nn.Module, got {type(network).__name__}; {mend}")
         if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             network = network.module
         if isinstance(network, Frozen):
@@ -207,6 +206,8 @@ class Frozen(nn.Module):
     def stamp(self) -> tuple[object, ...]:
         """Equal while the weights are the same; those of a shared network are looked at, which costs a device sync."""
         weights = [t for _, t in registered_tensors_of(self.network)]
+        if self._shared:
+            weights += [t for name, t in plain_tensors_of(self.network).items() if name in self._plain]
         written = tuple((id(t), t.dtype, t.device, -1 if t.is_inference() else t._version) for t in weights)
         return (*written, *(checksums(weights) if self._shared else ()))
 

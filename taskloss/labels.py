@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -160,7 +161,7 @@ class Labels:
     def _lacks_one(self, entry: Any, missing: float | None) -> Tensor | bool:
         if entry is None or missing is None:
             return entry is None
-        if isinstance(entry, (int, float)):
+        if isinstance(entry, numbers.Real):
             return math.isnan(entry) if math.isnan(missing) else entry == missing
         flags = [_filled(t, missing).all() for t in tensors_in(entry) if t.numel()]  # no boxes are a label too
         return torch.stack(flags).all() if flags else False
@@ -182,7 +183,7 @@ class Labels:
 
     def _lies_on_image(self, entry: Any, prediction: Any) -> bool:
         if not isinstance(entry, Tensor):
-            return isinstance(entry, (bool, int, float))
+            return isinstance(entry, numbers.Real)
         axes = len(self._spatial)
         if entry.dim() == 0 or (entry.dim() >= axes and entry.shape[-axes:] == self._spatial):
             return True

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from taskloss.checks import check_function
 from taskloss.frozen import Frozen, hold
 from taskloss.randomness import RandomState, generators_of, seeded_by
 from taskloss.trees import lent
@@ -30,10 +31,10 @@ class Preprocess(nn.Module):
         if isinstance(function, nn.Module) and not isinstance(function, Frozen):
             modes = [module.training and not _has_statistics(module) for module in function.modules()]
         self.function = hold(function)
-        held = self.function.network if isinstance(self.function, Frozen) else None
+        held = self._held()
         self._modes = [] if held is None else list(zip(held.modules(), modes, strict=False))
         self.generator = generator
-        self._generators = generators_of(function if held is None else held)
+        self._generators = generators_of(self.function if held is None else held)
         self.train()
 
     def train(self, mode: bool = True) -> Preprocess:
@@ -47,6 +48,17 @@ class Preprocess(nn.Module):
         """One image, in the network's units."""
         with seeded_by(self.generator, image.device):
             return self.function(lent(image))  # type: ignore[misc]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_generators": ()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # a plain function is not copied with the rest, and nor are its generators
+        held = self._held()
+        self._generators = generators_of(self.function if held is None else held)
+
+    def _held(self) -> nn.Module | None:
+        return self.function.network if isinstance(self.function, Frozen) else None
 
     def random_state(self, device: torch.device) -> RandomState:
         """All that a call may draw from."""
@@ -82,9 +94,14 @@ class Draw:
         return seen
 
 
-def prepare(preprocess: Callable[..., Any] | None, generator: torch.Generator | None = None) -> Preprocess | None:
+def prepare(
+    where: str, preprocess: Callable[..., Any] | None, generator: torch.Generator | None = None
+) -> Preprocess | None:
     """A caller's ``preprocess`` argument, as a term keeps it."""
-    return None if preprocess is None else Preprocess(preprocess, generator)
+    if preprocess is None:
+        return None
+    check_function(where, preprocess, "preprocess must be callable as preprocess(x)")
+    return Preprocess(preprocess, generator)
 
 
 def only_reads(criterion: object) -> bool:

@@ -6,11 +6,14 @@ import contextlib
 import functools
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+
+_HOLDS_NONE = (type(None), bool, int, float, complex, str, bytes, type, ModuleType, torch.Tensor)
+_LOOKS = 2000
 
 
 class RandomState:
@@ -77,20 +80,41 @@ def seeded_by(generator: torch.Generator | None, device: torch.device) -> Iterat
 
 
 def generators_of(function: Callable[..., Any] | None) -> tuple[Any, ...]:
-    """Generators that a function or module carries along: in its closure, defaults, attributes or globals."""
-    held: list[Any] = []
-    if isinstance(function, functools.partial):
-        held += [*function.args, *function.keywords.values()]
-        return (*(h for h in held if _is_generator(h)), *generators_of(function.func))
-    if isinstance(function, nn.Module):
-        held += [value for module in function.modules() for value in vars(module).values()]
-    elif (code := getattr(function, "__code__", None)) is not None:
-        held += [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]  # type: ignore[union-attr]
-        held += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]  # type: ignore[union-attr]
-        held += [function.__globals__.get(name) for name in code.co_names]  # type: ignore[union-attr]
-    else:
-        held += list(getattr(getattr(function, "__self__", function), "__dict__", {}).values())
-    return tuple(h for h in held if _is_generator(h))
+    """Generators that a function or object carries along: in its closure, defaults, globals or attributes, or theirs.
+
+    A composition of transforms holds transforms, and each of those a generator of its own.
+    """
+    found: list[Any] = []
+    seen: dict[int, Any] = {}
+    waiting: list[Any] = [function]
+    while waiting and len(seen) < _LOOKS:  # the nearest first: whoever holds a whole data set is not walked through
+        value = waiting.pop(0)
+        if id(value) in seen or isinstance(value, _HOLDS_NONE):
+            continue
+        seen[id(value)] = value
+        if _is_generator(value):
+            found.append(value)
+        else:
+            waiting += _held_by(value)
+    return tuple(found)
+
+
+def _held_by(value: Any) -> list[Any]:
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, Mapping):
+        return list(value.values())[:_LOOKS]
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return list(value)[:_LOOKS]
+    if isinstance(value, FunctionType):
+        if value.__module__.split(".")[0] in ("torch", "numpy"):  # their generators are the global ones
+            return []
+        cells = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
+        defaults = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        return [*cells, *defaults, *(value.__globals__.get(name) for name in value.__code__.co_names)]
+    if isinstance(value, MethodType):
+        return [value.__self__, value.__func__]
+    return list(getattr(value, "__dict__", {}).values())
 
 
 def _is_generator(value: Any) -> bool:
@@ -101,16 +125,16 @@ def _is_generator(value: Any) -> bool:
 
 
 def _get(generator: Any) -> Any:
-    if isinstance(generator, (torch.Generator, sys.modules["numpy"].random.RandomState)):
-        return generator.get_state()
-    return generator.getstate() if isinstance(generator, random.Random) else generator.bit_generator.state
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    return generator.get_state() if hasattr(generator, "get_state") else generator.bit_generator.state
 
 
 def _set(generator: Any, state: Any) -> None:
-    if isinstance(generator, (torch.Generator, sys.modules["numpy"].random.RandomState)):
-        generator.set_state(state)
-    elif isinstance(generator, random.Random):
+    if isinstance(generator, random.Random):
         generator.setstate(state)
+    elif hasattr(generator, "set_state"):
+        generator.set_state(state)
     else:
         generator.bit_generator.state = state
 

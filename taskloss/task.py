@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from taskloss.algebra import Term, to_scalar, zero_loss
 from taskloss.arguments import arguments, images_in, split
 from taskloss.blame import who_blocks
-from taskloss.checks import InputError, check_callable, check_image
+from taskloss.checks import InputError, check_callable, check_function, check_image
 from taskloss.diagnosis import refusal_of_prediction, told
 from taskloss.frozen import Frozen, freeze, hold
 from taskloss.labels import Labels, select
@@ -121,8 +121,10 @@ class TaskOrientedLoss(Term):
             for model in models
         )
         self.task_criterion = hold(task_criterion)
-        self.preprocess = prepare(preprocess, generator)
+        self.preprocess = prepare(self.where, preprocess, generator)
         self._reach = ReachCheck()
+        if output is not None:
+            check_function(self.where, output, "output must be callable as output(what the network returns)")
         self.output = hold(output)
         self.turns = Turns(len(models)) if ensemble == "turns" else None
         self.missing = missing

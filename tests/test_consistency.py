@@ -87,6 +87,15 @@ class Counting(nn.Module):
         return 3 * x
 
 
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.tensor(2.0)
+
+    def forward(self, x):
+        return self.scale * x
+
+
 class TestCache:
     def setup_method(self) -> None:
         Counting.calls = 0
@@ -151,6 +160,13 @@ class TestCache:
             update(net)
         expected = F.mse_loss(net(self.x), net(self.reference)) if shared else before
         torch.testing.assert_close(loss(self.x, self.reference), expected)
+
+    def test_a_shared_network_with_plain_tensors_is_asked_again(self) -> None:
+        net = Scaled()
+        loss = TaskConsistencyLoss(net, nn.MSELoss(), copy=False, cache=True)
+        for scale in (net.scale.mul_(3), torch.tensor(5.0)):
+            net.scale = scale
+            torch.testing.assert_close(loss(self.x, self.reference), F.mse_loss(net(self.x), net(self.reference)))
 
     def test_another_precision_is_asked_again(self) -> None:
         loss = TaskConsistencyLoss(segmenter(), nn.MSELoss(), cache=True)

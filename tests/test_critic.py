@@ -219,6 +219,8 @@ class TestBadInput:
                 WassersteinCritic(**kwargs)
 
     def test_a_patch_size_of_the_wrong_rank(self) -> None:
+        with pytest.raises(ValueError, match=r"a number for each spatial axis, got 8; patch_size=\(8, 8\)$"):
+            WassersteinCritic(spatial_dims=2, patch_size=8)
         with pytest.raises(ValueError, match=r"patch_size \(8, 8\) must have spatial_dims=3 numbers"):
             WassersteinCritic(patch_size=(8, 8))
 

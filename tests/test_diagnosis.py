@@ -48,7 +48,23 @@ CLASSES = {
     ),
     "name as network": (
         lambda: TaskOrientedLoss("resnet18", cross_entropy),
-        "expected an nn.Module, got str; wrap",
+        "expected an nn.Module, got str; give the network itself",
+    ),
+    "preprocess that is none": (
+        lambda: TaskOrientedLoss(segmenter(), cross_entropy, preprocess=3),
+        r"task_oriented_loss: preprocess must be callable as preprocess\(x\), got int",
+    ),
+    "preprocess class": (
+        lambda: Fidelity(nn.MSELoss(), preprocess=nn.ReLU),
+        r"fidelity: preprocess must .* got the class ReLU itself; make one of it: ReLU\(\)",
+    ),
+    "output by name": (
+        lambda: TaskOrientedLoss(segmenter(), cross_entropy, output="logits"),
+        r"task_oriented_loss: output must be callable as output\(what the network returns\), got str",
+    ),
+    "output of a feature net": (
+        lambda: TaskConsistencyLoss(segmenter(), nn.MSELoss(), output=0),
+        "task_consistency_loss: output must be callable .*, got int",
     ),
     "function as frozen": (lambda: Frozen(torch.relu), "expected an nn.Module, got builtin_function_or_method; wrap"),
     "aggregator by name": (

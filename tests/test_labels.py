@@ -2,6 +2,7 @@
 
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -47,6 +48,7 @@ NONE_OR_FILLED = {
     "tuple of lists with None": (None, ([Y[0], None, Y[2]], [0, None, 1])),
     "tensor": (-1, fill(Y)),
     "list": (-1, [Y[0], FILLED, Y[2]]),
+    "numbers of NumPy": (-1, {"mask": fill(Y), "kind": [np.int64(0), np.int64(-1), np.int64(1)]}),
     "list of both": (-1, [Y[0], None, Y[2]]),
     "tuple": (-1, (Y[0], FILLED, Y[2])),
     "dict": (-1, {"mask": fill(Y), "kind": fill(KIND)}),

@@ -1,5 +1,6 @@
 """Whatever a preprocess, network or criterion does, images and labels stay as they were, and draws are fair."""
 
+import copy
 import random
 
 import numpy as np
@@ -111,6 +112,59 @@ DRAWS = {
 }
 
 
+class WritesOnItsXHat(Term):
+    """A caller's own term that halves what it is given."""
+
+    reads = "reference"
+
+    def forward(self, x_hat, reference):
+        return x_hat.mul_(0.5).sub(reference).square().mean()
+
+
+def compiled(loss):
+    torch.compiler.reset()
+    return torch.compile(loss, backend="aot_eager", fullgraph=True)
+
+
+# Where nobody counts writes, a term that writes does it on a copy; elsewhere it is refused.
+UNCOUNTED = {
+    "compiled": lambda loss, x, r: torch.autograd.grad(compiled(loss)(x, reference=r), x)[0],
+    "torch.func": lambda loss, x, r: torch.func.grad(lambda v: loss(v, reference=r))(x),
+}
+
+
+@pytest.mark.parametrize("gradient_of", UNCOUNTED.values(), ids=UNCOUNTED)
+def test_a_term_that_writes_where_no_write_is_counted_does_it_on_a_copy(gradient_of) -> None:
+    x, reference = image(), image()
+    loss = LossSum(mine=WritesOnItsXHat(), mse=Fidelity(nn.MSELoss()))
+    leaf = x.clone().requires_grad_()
+    right = (0.5 * leaf - reference).square().mean() + F.mse_loss(leaf, reference)
+    got = gradient_of(loss, x.clone().requires_grad_(), reference)
+    torch.testing.assert_close(got, torch.autograd.grad(right, leaf)[0])
+
+
+def test_a_term_that_writes_in_inference_mode_does_it_on_a_copy() -> None:
+    loss = LossSum(mine=WritesOnItsXHat(), mse=Fidelity(nn.MSELoss()))
+    with torch.inference_mode():
+        x, reference = image(), image()
+        before = x.clone()
+        value = loss.breakdown(x, reference=reference)
+        assert torch.equal(x, before) and torch.equal(value.terms["mse"], F.mse_loss(x, reference))
+
+
+def test_a_term_that_writes_on_a_nest_of_labels_is_named() -> None:
+    class Relabels(Term):
+        reads = "label"
+
+        def forward(self, x_hat, label):
+            label["mask"].zero_()
+            return x_hat.mean()
+
+    x = image()
+    with pytest.raises(InputError, match="mine: it writes on its label in place"):
+        LossSum(mine=Relabels())(x, label={"mask": labels(x)})
+
+
 def crop(draw):
     own = [g for name, g in OWN.items() if f"{name} of its own" in DRAWS and DRAWS[f"{name} of its own"] is draw]
 
@@ -134,6 +188,48 @@ def test_both_images_of_a_comparison_see_the_same_draw(draw, kind) -> None:
     other = image()
     assert [term(x, x.clone()).item() for _ in range(8)] == [0.0] * 8
     assert len({round(term(x, other).item(), 6) for _ in range(16)}) > 1, "it draws only once for good"
+
+
+class OwnDraw:
+    """A transform with a generator of its own, as MONAI's."""
+
+    def __init__(self) -> None:
+        self.R = np.random.RandomState(0)
+
+    def draw(self, x):
+        return x * float(self.R.uniform())
+
+    __call__ = draw
+
+
+class Composed:
+    def __init__(self, *transforms) -> None:
+        self.transforms = transforms
+
+    def __call__(self, x):
+        for transform in self.transforms:
+            x = transform(x)
+        return x
+
+
+SHARED_DRAW, COMPOSED = OwnDraw(), Composed(OwnDraw())
+HOLDERS = {
+    "composition": Composed(OwnDraw(), Composed(OwnDraw())),
+    "function of a composition": lambda x, composed=COMPOSED: composed(x),
+    "function of a global": lambda x: (SHARED_DRAW(x),)[0],
+    "method": OwnDraw().draw,
+    "module": nn.Sequential(nn.Identity()).append(nn.Identity()),
+}
+HOLDERS["module"][1].forward = OwnDraw()
+
+
+@pytest.mark.parametrize("preprocess", HOLDERS.values(), ids=HOLDERS)
+@pytest.mark.parametrize("twin", [lambda term: term, copy.deepcopy], ids=["itself", "copy"])
+def test_generators_are_found_wherever_a_preprocess_keeps_them(preprocess, twin) -> None:
+    term = twin(Fidelity(nn.MSELoss(), preprocess=preprocess))
+    x = image()
+    assert [term(x, x.clone()).item() for _ in range(4)] == [0.0] * 4
+    assert len({term(x, 1 - x).item() for _ in range(4)}) > 1, "it draws only once for good"
 
 
 class Noise(nn.Module):
