@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,7 +102,8 @@ def find_cases(folder: str | os.PathLike[str]) -> list[Case]:
       patient is what comes before the first `_` of the name
 
     A folder may stand for a NIfTI file wherever it holds a DICOM series. A file `patients.csv` with lines
-    `case,patient` says which cases are of one patient; without it, each case is a patient, save for dose pairs.
+    `case,patient` says which cases are of one patient; without it, each case is a patient, save for dose pairs. Scans
+    that the layout does not know are named in a warning.
 
     Raises:
         ValueError: the folder is missing or holds no layout, a partner is missing, or one case has two files.
@@ -116,6 +118,12 @@ def find_cases(folder: str | os.PathLike[str]) -> list[Case]:
             f"{folder.name}: expected volume-N.nii, case_NNNNN/imaging.nii.gz, imagesTr/NAME.nii.gz, NAME.nii.gz with "
             "NAME_mask.nii.gz, NAME_full.nii.gz with NAME_quarter.nii.gz, or NAME/scan with a DICOM series, got none; "
             "give the folder that holds the cases themselves"
+        )
+    strays = sorted(entries.keys() - _matches(layout, entries).keys())
+    if strays:
+        listed = ", ".join(strays[:5]) + (f" and {len(strays) - 5} more" if len(strays) > 5 else "")
+        warnings.warn(
+            f"{folder.name}: passed over what is no case of the layout {layout.title}: {listed}", stacklevel=2
         )
     labels = _decathlon_labels(folder / "dataset.json") if layout.title == "Decathlon" else layout.labels
     cases = []

@@ -86,6 +86,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*passed over what is no case")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_finds_the_cases_of(layout, tmp_path):
     files, (first, last) = LAYOUTS[layout]
@@ -127,6 +128,12 @@ def test_incomplete_folder(tmp_path, names, words):
     touch(tmp_path, *names)
     with pytest.raises(ValueError, match=words):
         find_cases(tmp_path)
+
+
+def test_a_scan_that_is_of_no_case_is_named(tmp_path):
+    touch(tmp_path, *(f"{role}-{i}.nii" for role in ("volume", "segmentation") for i in (1, 2)), "Volume-3.nii.gz")
+    with pytest.warns(UserWarning, match="passed over what is no case of the layout LiTS: Volume-3.nii.gz$"):
+        assert [case.name for case in find_cases(tmp_path)] == ["volume-1", "volume-2"]
 
 
 def test_missing_folder(tmp_path):
