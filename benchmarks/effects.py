@@ -61,7 +61,9 @@ class Comparison:
         clean: Change of the unseen networks on input that was not degraded.
         to_clean: The unseen networks' gain as a share of their distance from the baseline to clean images.
         to_oracle: The guide's gain as a share of its distance from the baseline to the oracle.
-        holm: The p-value of ``unseen``, corrected over the confirming comparisons of its world.
+        holm: The p-value of ``unseen``, corrected over the confirming comparisons of its world; on CT, where the
+            protocol has guide and judges in one family, over both.
+        holm_guide: The same of ``guide``, where it is in the family.
     """
 
     world: str
@@ -77,6 +79,7 @@ class Comparison:
     to_clean: float
     to_oracle: float
     holm: float = math.nan
+    holm_guide: float = math.nan
 
 
 def read(folder: Path) -> list[Row]:
@@ -214,6 +217,9 @@ def _level(rows: Iterable[Row], setting: str, networks: set[str]) -> float:
 def _corrected(found: list[Comparison]) -> list[Comparison]:
     for world in {one.world for one in found}:
         family = [i for i, one in enumerate(found) if one.world == world and one.stage == "confirming"]
-        for i, p in zip(family, holm([found[i].unseen.p for i in family]), strict=True):
-            found[i] = replace(found[i], holm=p)
+        of_guides = [found[i].guide.p for i in family] if world.startswith("ct") else []
+        corrected = holm([found[i].unseen.p for i in family] + of_guides)
+        for place, i in enumerate(family):
+            guide = corrected[len(family) + place] if of_guides else math.nan
+            found[i] = replace(found[i], holm=corrected[place], holm_guide=guide)
     return found

@@ -87,7 +87,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def effects_table(found: Sequence[Comparison]) -> str:
     """Gains, transfer and shares of the room, one comparison a row."""
-    head = ["images", "loss beside MSE", "n", "guide", "unseen", "p (Holm)", "transfer"]
+    head = ["images", "loss beside MSE", "n", "guide", "p (Holm)", "unseen", "p (Holm)", "transfer"]
     head += ["unseen: way to clean", "guide: way to oracle"]
     return table(
         head,
@@ -97,6 +97,7 @@ def effects_table(found: Sequence[Comparison]) -> str:
                 title(one.setting) + ("" if one.baseline == "mse" else f" (beside {title(one.baseline)})"),
                 str(one.guide.n),
                 shown(one.guide),
+                "–" if math.isnan(one.holm_guide) else f"{one.holm_guide:.2g}",
                 shown(one.unseen),
                 "–" if math.isnan(one.holm) else f"{one.holm:.2g}",
                 share(one.transfer),
@@ -174,7 +175,8 @@ def sentences(found: Sequence[Comparison]) -> str:
     lines = [
         f"**The guide.** A task term helps its own guide significantly in {helped}.",
         f"**Unseen networks.** They gain significantly in {carried} and lose significantly in {harmed}; "
-        f"the largest gain is {shown(best.unseen)} points {where}, where the guide gains {shown(best.guide)}.",
+        f"the largest gain is {shown(best.unseen)} points {where}, where the guide gains {shown(best.guide)}"
+        f"{_on_ct(confirmed)}.",
         f"**Transfer.** {share(best.transfer)} of the guide's gain carries over there; the target, "
         f"{TARGET.get(best.world, 0.5)} on natural images and 0.5 on CT, is reached by the estimate in "
         f"{reached}.",
@@ -182,6 +184,18 @@ def sentences(found: Sequence[Comparison]) -> str:
         f"**The price.** {_price(confirmed)}",
     ]
     return "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1))
+
+
+def _on_ct(confirmed: Sequence[Comparison]) -> str:
+    """The best of the patients' comparisons, whatever it is; nothing where there is none."""
+    own = [one for one in confirmed if one.world.startswith("ct")]
+    if not own:
+        return ""
+    best = max(own, key=lambda one: one.unseen.mean)
+    return (
+        f"; on patients ({title(best.world)}, {title(best.degradation)} dose) they gain {shown(best.unseen)} and the "
+        f"guide {shown(best.guide)} points of Dice"
+    )
 
 
 def _count(found: Sequence[Comparison], holds) -> str:

@@ -95,6 +95,21 @@ def test_only_confirming_comparisons_of_a_world_are_corrected_together() -> None
     assert math.isnan(corrected["cifar10", "half", "exploration"])
 
 
+def test_on_ct_guide_and_judges_are_one_family() -> None:
+    found = effects.comparisons(rows(GAINS, world="ct_liver") + rows(GAINS, world="ct_liver", degradation="jpeg10"))
+    p = sorted([*(one.guide.p for one in found), *(one.unseen.p for one in found)])
+    for one in found:
+        for raw, corrected in ((one.guide.p, one.holm_guide), (one.unseen.p, one.holm)):
+            assert raw < corrected <= 4 * raw and corrected in effects.holm(p)
+    (alone,) = effects.comparisons(rows(GAINS))
+    assert alone.holm == alone.unseen.p and math.isnan(alone.holm_guide)
+
+
+def test_the_first_sentences_speak_of_patients_where_there_are_any() -> None:
+    assert "on patients (CT, liver" in evidence.blocks(rows(GAINS, world="ct_liver"))["sentences"]
+    assert "patients" not in evidence.blocks(rows(GAINS))["sentences"]
+
+
 def test_with_fewer_than_five_seeds_nothing_is_confirmed() -> None:
     few = rows({name: values[:4] for name, values in GAINS.items()})
     (one,) = effects.comparisons(few)
