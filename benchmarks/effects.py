@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from scipy import stats
 
-BASELINES = {"tod_net": "mse_wgan"}  # what a setting is compared with, where that is not "mse"
+# what a setting is compared with, where that is not "mse"
+BASELINES = {"tod_net": "mse_wgan", "label_free": "mse_wgan"}
 REFERENCES = ("clean", "degraded", "oracle")
 ENOUGH_UNITS = 5  # seeds or patients; a confirming comparison with fewer is reported as exploration
 TASK_METRICS = ("top1", "dice")
@@ -156,7 +157,7 @@ def comparisons(rows: Sequence[Row]) -> list[Comparison]:
             continue
         settings = dict.fromkeys(row.setting for row in group)
         for setting in settings:
-            baseline = BASELINES.get(setting, "mse")
+            baseline = _baseline_of(setting, settings)
             if setting not in (*REFERENCES, baseline) and baseline in settings:
                 references = [row for row in rows if row.setting in REFERENCES and row[:2] == group[0][:2]]
                 found.append(_compare(group, references, setting, baseline))
@@ -164,6 +165,13 @@ def comparisons(rows: Sequence[Row]) -> list[Comparison]:
         one if one.guide.n >= ENOUGH_UNITS else replace(one, stage="exploration") for one in found if one.guide.n
     )
     return _corrected(list(complete))
+
+
+def _baseline_of(setting: str, settings: Iterable[str]) -> str:
+    """What a setting is compared with: the same changes without the task where that was measured, else no changes."""
+    kind, at, changes = setting.partition("@")
+    baseline = BASELINES.get(kind, "mse")
+    return f"{baseline}@{changes}" if at and f"{baseline}@{changes}" in settings else baseline
 
 
 def _compare(group: Sequence[Row], references: Sequence[Row], setting: str, baseline: str) -> Comparison:

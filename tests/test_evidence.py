@@ -110,6 +110,13 @@ def test_the_first_sentences_speak_of_patients_where_there_are_any() -> None:
     assert "patients" not in evidence.blocks(rows(GAINS))["sentences"]
 
 
+def test_a_change_is_compared_with_the_same_change_without_the_task() -> None:
+    there = ["mse", "mse_wgan", "mse_wgan@balance=false", "tod_net"]
+    assert effects._baseline_of("tod_net@balance=false", there) == "mse_wgan@balance=false"
+    assert effects._baseline_of("tod_net@share_task=8", there) == effects._baseline_of("tod_net", there) == "mse_wgan"
+    assert effects._baseline_of("late", there) == "mse"
+
+
 def test_with_fewer_than_five_seeds_nothing_is_confirmed() -> None:
     few = rows({name: values[:4] for name, values in GAINS.items()})
     (one,) = effects.comparisons(few)

@@ -26,7 +26,7 @@ from ..inference import segment
 from ..metrics import dice, image_quality
 from ..run import PRESETS, Settings, results_of, write_text
 from ..scans import Cases, coarser_copy, prepare
-from ..training import RECIPES, load_task, restorer, train_denoiser, train_task
+from ..training import RECIPES, load_task, parse, restorer, train_denoiser, train_task
 from .by_patient import by_patient
 
 COLUMNS = (
@@ -79,7 +79,8 @@ def main(args: argparse.Namespace) -> int:
     if args.seeds:
         experiment = replace(experiment, seeds=args.seeds)
     results, end = args.results or args.experiment.parent, time.monotonic() + 60 * args.minutes
-    guided = [name for name in experiment.denoisers if "task" in RECIPES[name.partition("@")[0]].terms]
+    looking = {"task", "consistency"}  # the terms that look through a task network
+    guided = [name for name in experiment.denoisers if looking & {*RECIPES[name.partition("@")[0]].terms}]
     for done in cross_validate(experiment, args.data, args.output, results):
         print(f"measured {done}", flush=True)
         by_patient(results / "measurements", results.with_suffix(".csv"), experiment.folds, guided)
@@ -174,6 +175,7 @@ def _measure(name: str, experiment: Experiment, settings: Settings, run: Path) -
         networks = {n: load_task(replace(settings, task_dose="low"), run, n).to(device) for n in experiment.oracles}
     restore = (lambda volume_hu: volume_hu) if name in UNTRAINED else restorer(name, settings, run, device)
     cases, people = Cases(run, "test"), results_of(run / "cases")["cases"]
+    guides = settings.guides if name in UNTRAINED else parse(name, settings)[1].guides
     for i in range(len(cases)):
         normal_hu, low_hu, mask = cases.in_hu(i)
         voxel_mm, known = cases.voxel_mm_of(i), people[cases.paths[i].stem]
@@ -185,7 +187,7 @@ def _measure(name: str, experiment: Experiment, settings: Settings, run: Path) -
                     yield row | {"network": "", "role": "image", "metric": metric, "value": value}
             for network, judge in networks.items():
                 found = segment(judge, image, voxel_mm, settings.voxel_mm, device=device)
-                role = "oracle" if name == "oracle" else "guide" if network in settings.guides else "unseen"
+                role = "oracle" if name == "oracle" else "guide" if network in guides else "unseen"
                 yield row | {"network": network, "role": role, "metric": "dice", "value": 100 * dice(found, mask)}
 
 
