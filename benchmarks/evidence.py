@@ -26,6 +26,11 @@ TITLES = {
     "imagenet": "ImageNet",
     "ct_liver": "CT, liver",
     "ct_tumour": "CT, tumour",
+    "heavy": "heavy dose",
+    "paper": "the paper's dose",
+    "tod_net": "TOD-Net",
+    "mse_wgan": "MSE-WGAN",
+    "label_free": "TOD-Net, label-free",
     "mse": "MSE",
     "task": "MSE + task",
     "two_guides": "two guides",
@@ -52,8 +57,10 @@ DECIMALS = {"psnr_db": 2, "ssim": 4, "roi_rmse_hu": 2}
 
 
 def title(name: str) -> str:
-    """A name as people write it."""
-    return TITLES.get(name, name.replace("_", " "))
+    """A name as people write it; the changes of a denoiser (``tod_net@share_task=8``) stand in brackets."""
+    name, _, changes = name.partition("@")
+    written = TITLES.get(name, name.replace("_", " "))
+    return f"{written} ({changes.replace(';', ', ')})" if changes else written
 
 
 def shown(value: Estimate, decimals: int = 1) -> str:
@@ -193,8 +200,8 @@ def _on_ct(confirmed: Sequence[Comparison]) -> str:
         return ""
     best = max(own, key=lambda one: one.unseen.mean)
     return (
-        f"; on patients ({title(best.world)}, {title(best.degradation)} dose) they gain {shown(best.unseen)} and the "
-        f"guide {shown(best.guide)} points of Dice"
+        f"; on patients ({title(best.world)}, {title(best.degradation)}) they change by {shown(best.unseen)} and the "
+        f"guide by {shown(best.guide)} points of Dice"
     )
 
 
