@@ -78,9 +78,7 @@ def calibrate(
         print(_line(trials[i0_photons]))
         return trials[i0_photons]["dice_lost"]
 
-    few, many = bracket_photons
-    if _normal_is_noisy(settings):
-        few, many = min(few, settings.i0_photons / 100), min(many, settings.i0_photons)
+    few, many = _within_normal(settings, bracket_photons)
     found, as_simulated = None, None
     if (most := lost(few)) < drop:
         said = f"even {few:.0f} photons cost only {most:.2f} points of Dice, not {drop:g}; no dose in reach is so low"
@@ -97,10 +95,7 @@ def calibrate(
                 break
         found = min(trials, key=lambda i0: abs(trials[i0]["dice_lost"] - drop))
         as_simulated = _trial(network, cases, normal, found, _at(settings, found))
-        answer = f"i0_photons={found:.0f}"
-        if _normal_is_noisy(settings):
-            answer = f"dose_fraction={found / settings.i0_photons:.3g}"
-        said = f"with the noise of simulate, --set {answer} means {_line(as_simulated)}"
+        said = f"with the noise of simulate, {_option(settings, found)} means {_line(as_simulated)}"
     print(said)
     kept = {name: value for name, value in decisive(only(settings, Seed, Dose)).items() if name != "i0_photons"}
     result: dict[str, Any] = {
@@ -120,6 +115,21 @@ def calibrate(
 def _normal_is_noisy(settings: Settings) -> bool:
     """Whether phantoms have the noise of `i0_photons` at normal dose, so that low dose can only be a part of it."""
     return settings.dose_fraction > 0 and not settings.data
+
+
+def _within_normal(settings: Settings, bracket_photons: tuple[float, float]) -> tuple[float, float]:
+    """The bracket, below the normal dose where that is given."""
+    few, many = bracket_photons
+    if not _normal_is_noisy(settings):
+        return few, many
+    return min(few, settings.i0_photons / 100), min(many, settings.i0_photons)
+
+
+def _option(settings: Settings, photons: float) -> str:
+    """What to type for a low dose of so many photons."""
+    if _normal_is_noisy(settings):
+        return f"--set dose_fraction={photons / settings.i0_photons:.3g}"
+    return f"--set i0_photons={photons:.0f}"
 
 
 def _at(settings: Settings, photons: float) -> Settings:
