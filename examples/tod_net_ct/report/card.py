@@ -68,7 +68,7 @@ def written(
     lower, upper = facts["window_hu"]
     dose = f"{settings.i0_photons:g} photons a ray"
     if settings.dose_fraction:
-        dose = f"{settings.dose_fraction:g} of the scans' own dose, taken as {dose}"
+        dose = f"{settings.dose_fraction:g} of the normal dose, which counts as {dose}"
     lines = [
         "---",
         f"license: {facts['licence'].lower()}",

@@ -102,6 +102,16 @@ def test_the_page_needs_no_network(made) -> None:
     assert "url(http" not in page and "@import" not in page
 
 
+def test_the_first_lines_tell_the_dose(made, monkeypatch) -> None:
+    settings, run, page = made
+    for module in (evaluate, plots):
+        monkeypatch.setattr(module, "load_task", lambda _s, _r, name="unet": Bright(0.6))
+    monkeypatch.setattr("examples.tod_net_ct.networks.perceptual_loss", lambda *_: None)
+    assert "Low dose at 15,000 photons per ray. Seed 0." in page
+    noisy = report(replace(settings, i0_photons=1e5, dose_fraction=0.05), run).read_text()
+    assert "Normal dose at 100,000 photons per ray, low dose at 5 % of it. Seed 0." in re.sub(r"\s+", " ", noisy)
+
+
 def test_the_page_holds_every_table_and_figure(made) -> None:
     _, run, page = made
     for name in ("table1", "table2", "table3", "table2_surface", "table3_surface"):
