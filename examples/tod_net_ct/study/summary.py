@@ -183,7 +183,16 @@ def readme(text: str, found: dict[str, Any], results: Path) -> str:
     """The README with its study and its cost as they are now."""
     text = refreshed(text, readme_part(found))
     path = results / "cost.json"
-    return refreshed(text, "\n".join(sentences(json.loads(path.read_text()))), "cost") if path.exists() else text
+    return refreshed(text, "\n".join(_cost_in_words(path)), "cost") if path.exists() else text
+
+
+def _cost_in_words(path: Path) -> list[str]:
+    try:
+        return sentences(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, LookupError, ZeroDivisionError) as error:  # damaged, cut short, or another's
+        raise ValueError(
+            f"{path}: expected what the command cost measured, got a damaged file; run cost again"
+        ) from error
 
 
 def _means_table(found: dict[str, Any], keys: Sequence[str]) -> list[str]:

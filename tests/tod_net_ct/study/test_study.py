@@ -84,6 +84,13 @@ def test_the_cost_is_extrapolated_by_voxels() -> None:
     assert cost.flop_per_voxel(1) == 6 * 27 * (2 * (1 + 2 + 8 + 32))
 
 
+@pytest.mark.parametrize("text", ["[", "[]", "{}", "null", '[{"side": 64}]', "\x00"])
+def test_a_damaged_cost_is_one_sentence(text, tmp_path) -> None:
+    (tmp_path / "cost.json").write_text(text)
+    with pytest.raises(ValueError, match=r"cost.json: expected what the command cost measured, got a damaged file; "):
+        summary._cost_in_words(tmp_path / "cost.json")
+
+
 @pytest.mark.skipif(not (RESULTS / "study.json").exists(), reason="no study is committed")
 def test_the_committed_numbers_are_those_of_the_committed_measurements(tmp_path) -> None:
     import shutil
