@@ -3,7 +3,7 @@
 Stage 2 (`degrade`) writes the low-dose counterpart of every prepared case.
 """
 
-from .degradation import case_seed, check, degrade, numbered_cases, simulate_volume, voxel_of
+from .degradation import case_seed, check, check_dose, degrade, numbered_cases, simulate_volume, voxel_of
 from .projector import ParallelBeam
 from .simulate import low_dose
 from .window import WINDOW_HU, to_hu, to_unit
@@ -13,6 +13,7 @@ __all__ = [
     "WINDOW_HU",
     "case_seed",
     "check",
+    "check_dose",
     "degrade",
     "low_dose",
     "numbered_cases",

@@ -140,6 +140,11 @@ def check(settings: Settings, run: Path) -> None:
     if not (cases / "manifest.json").is_file():
         raise ValueError(f"{cases}: holds no prepared cases; run the command prepare first")
     check_intact(cases)
+    check_dose(settings)
+
+
+def check_dose(settings: Settings) -> None:
+    """Refuse in one sentence a dose that cannot be simulated."""
     if settings.route not in ("fast", "catsim"):
         raise ValueError(f"route: expected fast or catsim, got {settings.route!r}; for example --set route=fast")
     if settings.kernel not in KERNELS:

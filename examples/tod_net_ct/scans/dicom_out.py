@@ -104,9 +104,8 @@ def _to_stored(dataset: Any, source: np.ndarray, wanted_hu: np.ndarray) -> tuple
     kept = wanted_hu == slice_hu(dataset, source)
     if (padding := dataset.get("PixelPaddingValue")) is not None:
         limit = dataset.get("PixelPaddingRangeLimit", padding)
-        ends = np.array([int(end) & 0xFFFF for end in (padding, limit)], np.uint16).view(
-            source.dtype
-        )  # some files mix up the sign
+        bits = [int(end) & 0xFFFF for end in (padding, limit)]  # some files mix up the sign
+        ends = np.array(bits, np.uint16).view(source.dtype)
         kept |= (source >= ends.min()) & (source <= ends.max())
     limits = np.iinfo(source.dtype)
     wanted = np.where(kept, source, np.rint((wanted_hu.astype(np.float64) - intercept) / slope))

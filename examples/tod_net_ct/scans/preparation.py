@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..dose import simulate_volume
+from ..dose import check_dose, simulate_volume
 from ..run import (
     Data,
     Dose,
@@ -64,6 +64,8 @@ def prepare(settings: Settings, run: Path) -> Path:
     noisy = not settings.data and settings.dose_fraction > 0
     settings = only(settings, Seed, Data, Patches, *([Split] if settings.data else [Dose] if noisy else []))
     facts = decisive(settings)
+    if noisy:
+        check_dose(settings)
     if not 0 <= settings.overlap < 1:
         raise ValueError(f"overlap: expected a share from 0 to below 1, got {settings.overlap}; --set overlap=0.5")
     for name in () if settings.data else (f"n_{split}" for split in SPLITS):

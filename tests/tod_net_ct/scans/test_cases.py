@@ -93,6 +93,9 @@ def test_phantoms_of_a_noisy_normal_dose_are_scanned_at_it(tmp_path) -> None:
     low_hu = load_tensors(simulate(noisy, tmp_path / "1") / name)["low_hu"].float()
     ratio = (low_hu - quiet)[inside].std() / noise_hu.std()
     assert 10**0.5 * 0.85 < ratio < 10**0.5 * 1.25, "a tenth of the photons, so about sqrt(10) times the noise"
+    with pytest.raises(ValueError, match=r"kernel: expected one of ramp, .*, got 'foo'; try --set kernel=hann"):
+        prepare(replace(noisy, kernel="foo"), tmp_path / "3")
+    assert not (tmp_path / "3").exists(), "told before any work"
     other = prepare(replace(noisy, i0_photons=5e5), tmp_path / "1")
     assert not torch.equal(load_tensors(other / name)["normal_hu"].float(), scanned), "its dose decides a case"
 
