@@ -7,7 +7,7 @@ from taskloss._version import __version__
 
 if TYPE_CHECKING:
     from taskloss.adversarial import AdversarialLoss
-    from taskloss.algebra import LossSum, LossValue, Term
+    from taskloss.algebra import LossSum, Term
     from taskloss.audit import Finding, audit_task_model
     from taskloss.balancing import GradientBalancer
     from taskloss.checks import InputError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from taskloss.history import History
     from taskloss.task import TaskOrientedLoss
     from taskloss.transfer import Interval, Transfer, TransferMeter
+    from taskloss.values import LossValue
 
 __all__ = [
     "AdversarialLoss",
@@ -54,7 +55,7 @@ __all__ = [
 # `import taskloss` costs nothing and a training does not wait for figures, pages and audits.
 _HOMES = {
     "adversarial": ("AdversarialLoss",),
-    "algebra": ("LossSum", "LossValue", "Term"),
+    "algebra": ("LossSum", "Term"),
     "audit": ("Finding", "audit_task_model"),
     "balancing": ("GradientBalancer",),
     "checks": ("InputError",),
@@ -68,6 +69,7 @@ _HOMES = {
     "history": ("History",),
     "task": ("TaskOrientedLoss",),
     "transfer": ("Interval", "Transfer", "TransferMeter"),
+    "values": ("LossValue",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

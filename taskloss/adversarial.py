@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from taskloss.algebra import Term, zero_loss
+from taskloss.algebra import Term
 from taskloss.checks import check_callable, check_image
 from taskloss.critic import WassersteinCritic
+from taskloss.values import zero_loss
 
 
 class AdversarialLoss(Term):

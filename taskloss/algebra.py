@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
+from taskloss.calls import function_of_image, gradient_norm
 from taskloss.checks import InputError, nearest, readable, snake_case
 from taskloss.finite import not_finite, watch_gradient
-from taskloss.precision import full_precision
-from taskloss.trees import map_tensors, tensors_in
+from taskloss.values import LossValue, check_finite, zero_loss
+from taskloss.weights import Weight, at_step, check_weight, product
 
-Weight = float | Callable[[int], float]
 Target = Literal["reference", "label"]
 Kind = TypeVar("Kind", bound="Term")
 
@@ -48,45 +47,6 @@ class Term(nn.Module):
         return as_sum(self) * factor
 
     __rmul__ = __mul__
-
-
-@dataclass(frozen=True)
-class LossValue:
-    """One computation of a loss, seen whole.
-
-    Attributes:
-        total: Scalar ``sum_i w_i L_i``; call ``backward()`` on it.
-        terms: Unweighted scalars by name, without the terms whose weight is zero.
-        weights: The weight that each term had, zeros included.
-    """
-
-    total: Tensor
-    terms: dict[str, Tensor]
-    weights: dict[str, float]
-    _numbers: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
-
-    def floats(self, prefix: str = "") -> dict[str, float]:
-        """Plain numbers for a logger: every term by name, and ``total``; at most one device sync.
-
-        Example:
-            >>> from taskloss import Fidelity, LossSum
-            >>> loss = LossSum(mse=0.5 * Fidelity(nn.MSELoss()))
-            >>> loss.breakdown(torch.ones(1, 1, 4), reference=torch.zeros(1, 1, 4)).floats("g/")
-            {'g/mse': 1.0, 'g/total': 0.5}
-        """
-        if not self._numbers:
-            self._numbers.update(to_numbers({**self.terms, "total": self.total}))
-        return {prefix + name: number for name, number in self._numbers.items()}
-
-    def floats_and(self, extra: Tensor) -> float:
-        """One more scalar as a plain number, in the same device sync as :meth:`floats`.
-
-        Shape:
-            A tensor of one element.
-        """
-        *numbers, last = to_numbers({**self.terms, "total": self.total, "": extra}).values()
-        self._numbers.update(zip([*self.terms, "total"], numbers, strict=True))
-        return last
 
 
 class LossSum(nn.Module):
@@ -239,7 +199,7 @@ class LossSum(nn.Module):
             reads = term.reads
             if reads is not None and targets[reads] is None:
                 raise InputError(name, f"needs a {reads}, but {reads} is None; call loss(x_hat, {reads}=...)")
-            yield name, _named(name, term, None if reads is None else targets[reads])
+            yield name, function_of_image(name, term, None if reads is None else targets[reads])
 
     def _by_kind(self, target: Any, reference: Tensor | None, label: object) -> tuple[Tensor | None, object]:
         if target is None:
@@ -264,7 +224,7 @@ class LossSum(nn.Module):
 
         def complain() -> FloatingPointError:
             for name, compute in self.computations(value.weights, reference=reference, label=label):
-                norm = _gradient_norm(compute, still)
+                norm = gradient_norm(compute, still)
                 if not math.isfinite(norm):
                     return not_finite([name], value.floats()[name], norm, inputs={"x_hat": still})
             return not_finite(value.terms, value.floats()["total"], math.nan, inputs={"x_hat": still})
@@ -273,7 +233,7 @@ class LossSum(nn.Module):
 
     def weights_at(self, step: int | None = None) -> dict[str, float]:
         """The weights by name at a step of training; a sum without schedules needs no step."""
-        return {name: _resolve(name, weight, step) for name, weight in self.weights.items()}
+        return {name: at_step(name, weight, step) for name, weight in self.weights.items()}
 
     def __add__(self, other: Term | LossSum) -> LossSum:
         result = LossSum()
@@ -285,7 +245,7 @@ class LossSum(nn.Module):
     def __mul__(self, factor: Weight) -> LossSum:
         result = LossSum()
         for name, term, weight in _parts(self):
-            result._add(name, term, _product(name, weight, factor))
+            result._add(name, term, product(name, weight, factor))
         return result
 
     __rmul__ = __mul__
@@ -326,7 +286,7 @@ class LossSum(nn.Module):
         if hasattr(self.terms, name):
             raise ValueError(f"a term cannot be called {name!r}: nn.Module uses that name; choose another")
         if not callable(weight):
-            _check_weight(name, weight)
+            check_weight(name, weight)
         self.terms[name] = term
         self.weights[name] = weight
 
@@ -338,40 +298,6 @@ def as_sum(part: Term | LossSum) -> LossSum:
     if isinstance(part, Term):
         return LossSum(**{part.where: part})
     raise TypeError(f"expected a term or a LossSum, got {type(part).__name__}; wrap a criterion in Fidelity(...)")
-
-
-def zero_loss(x_hat: Tensor) -> Tensor:
-    """A zero that still back-propagates: to zeros, even where x_hat is not finite."""
-    return full_precision(x_hat[:0]).sum()  # type: ignore[no-any-return]
-
-
-def to_scalar(where: str, value: object, n_samples: int) -> Tensor:
-    """The mean of a criterion that gives one number per sample; a scalar as it is; anything else is refused."""
-    if isinstance(value, (int, float)) and value == 0:  # criteria that found nothing to compare
-        return torch.zeros(())
-    if isinstance(value, Tensor) and value.numel() in (1, n_samples) and value.numel() > 0:
-        return value if value.dim() == 0 else value.mean()
-    what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    mend = "reduce it with .mean()" if isinstance(value, Tensor) else "return the loss itself, as a tensor"
-    raise InputError(where, f"the criterion must return a scalar or one value per sample, got {what}; {mend}")
-
-
-def to_numbers(tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """Scalars to Python floats in a single transfer from the device."""
-    if not tensors:
-        return {}
-    wide = any(t.dtype == torch.float64 for t in tensors.values())
-    dtype = torch.float64 if wide else torch.float32
-    values = torch.stack([t.detach().to(dtype) for t in tensors.values()]).tolist()
-    return dict(zip(tensors, values, strict=True))
-
-
-def check_finite(value: LossValue, *, within: str = "", **inputs: Tensor | Iterable[Tensor] | None) -> None:
-    """Name the terms that are NaN or infinite, and say which input was so already."""
-    bad = [name for name, number in value.floats().items() if not math.isfinite(number)]
-    if bad:
-        culprits = [name for name in bad if name != "total"] or bad
-        raise not_finite([within + name for name in culprits], value.floats()[culprits[0]], inputs=inputs)
 
 
 def check_names(where: str, given: Mapping[str, object], known: Mapping[str, object]) -> None:
@@ -388,83 +314,3 @@ def _parts(part: Term | LossSum) -> Iterator[tuple[str, Term, Weight]]:
         for name, term in part.terms.items():
             assert isinstance(term, Term)  # for the type checker: only _add fills the dict
             yield name, term, part.weights[name]
-
-
-def _counts_writes(tensor: Tensor) -> bool:
-    return readable(tensor) and not tensor.is_inference()
-
-
-def _versions(tree: object) -> list[int]:
-    if torch.compiler.is_compiling():
-        return []
-    return [tensor._version for tensor in tensors_in(tree) if _counts_writes(tensor)]
-
-
-def _named(name: str, term: nn.Module, target: object) -> Callable[[Tensor], Tensor]:
-    def compute(x_hat: Tensor) -> Tensor:
-        given: dict[str, Any] = {"x_hat": x_hat}
-        if target is not None:
-            given[getattr(term, "reads", None) or "target"] = target
-        # Where nobody counts writes (compiled, torch.func, inference mode) a term gets a copy to write on.
-        given = {what: map_tensors(v, lambda t: t if _counts_writes(t) else t.clone()) for what, v in given.items()}
-        versions = {what: _versions(v) for what, v in given.items()}
-        try:
-            value = term(*given.values())
-        except InputError as error:
-            raise error.at(name) from None
-        for what, v in given.items():
-            if _versions(v) != versions[what]:
-                raise InputError(
-                    name,
-                    f"it writes on its {what} in place, which the terms after it would see; let it work on a clone",
-                )
-        if not isinstance(value, Tensor) or value.dim() != 0:
-            what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise InputError(name, f"a term must return a scalar, got {what}; reduce it with .mean()")
-        return value
-
-    return compute
-
-
-def _gradient_norm(compute: Callable[[Tensor], Tensor], x_hat: Tensor) -> float:
-    """Of one term alone; taken once more when the sum's gradient has failed already."""
-    leaf = x_hat.clone().requires_grad_()
-    devices = [x_hat.device] if x_hat.is_cuda else []
-    with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        (gradient,) = torch.autograd.grad(compute(leaf), leaf, materialize_grads=True)
-    return float(torch.linalg.vector_norm(gradient))
-
-
-def _resolve(name: str, weight: Weight, step: int | None) -> float:
-    if not callable(weight):
-        return weight
-    if step is None:
-        raise InputError(name, "its weight is a schedule, but step is None; call loss(x_hat, ..., step=i)")
-    value = weight(step)
-    _check_weight(name, value)
-    return float(value)
-
-
-def _check_weight(name: str, weight: object) -> None:
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-        raise InputError(name, f"its weight must be a finite number or a callable of the step, got {weight!r}")
-
-
-@dataclass(frozen=True)
-class _Product:
-    """Two weights multiplied, at least one of them a schedule; a class, so that it can be pickled."""
-
-    left: Weight
-    right: Weight
-
-    def __call__(self, step: int) -> float:
-        left = self.left(step) if callable(self.left) else self.left
-        right = self.right(step) if callable(self.right) else self.right
-        return left * right
-
-
-def _product(name: str, left: Weight, right: Weight) -> Weight:
-    if callable(left) or callable(right):
-        return _Product(left, right)
-    _check_weight(name, right)
-    return left * right

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taskloss.algebra import LossSum, LossValue, check_names
+from taskloss.algebra import LossSum, check_names
 from taskloss.checks import InputError, check_callable, check_image
 from taskloss.distributed import ReplicaCheck, n_processes, sum_over_processes_
 from taskloss.finite import not_finite
 from taskloss.gradients import value_and_gradient
 from taskloss.precision import full_precision
+from taskloss.values import LossValue
 
 
 class GradientBalancer:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taskloss.algebra import Term, to_scalar, zero_loss
+from taskloss.algebra import Term
 from taskloss.arguments import arguments, images_in
 from taskloss.blame import who_blocks
 from taskloss.checks import check_callable, check_function, check_image, check_same
@@ -20,6 +20,7 @@ from taskloss.precision import full_precision, no_autocast
 from taskloss.preprocess import Draw, prepare
 from taskloss.ranges import RangeCheck
 from taskloss.reach import ReachCheck
+from taskloss.values import to_scalar, zero_loss
 
 
 class TaskConsistencyLoss(Term):

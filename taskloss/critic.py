@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from taskloss.algebra import LossValue, check_finite, zero_loss
 from taskloss.checks import InputError, check_callable, check_image, check_same, readable, shape
 from taskloss.constraints import Constraint, WeightClipping
 from taskloss.diagnosis import explains_double_backward, told
@@ -24,6 +23,7 @@ from taskloss.distributed import (
 from taskloss.finite import greatest, not_finite
 from taskloss.precision import full_precision, no_autocast
 from taskloss.trees import lent
+from taskloss.values import LossValue, check_finite, zero_loss
 
 
 class WassersteinCritic(nn.Module):

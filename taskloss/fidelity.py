@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taskloss.algebra import Term, to_scalar, zero_loss
+from taskloss.algebra import Term
 from taskloss.blame import who_blocks
 from taskloss.checks import InputError, check_callable, check_image, check_same, shape
 from taskloss.frozen import Frozen, hold
@@ -16,6 +16,7 @@ from taskloss.precision import full_precision, no_autocast
 from taskloss.preprocess import Draw, only_reads, prepare
 from taskloss.ranges import RangeCheck
 from taskloss.reach import ReachCheck
+from taskloss.values import to_scalar, zero_loss
 
 
 class Fidelity(Term):

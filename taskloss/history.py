@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from taskloss.algebra import LossValue
 from taskloss.balancing import GradientBalancer
 from taskloss.checks import InputError
 from taskloss.gradients import GradientMaps
+from taskloss.values import LossValue
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

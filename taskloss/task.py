@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from taskloss.algebra import Term, to_scalar, zero_loss
+from taskloss.algebra import Term
 from taskloss.arguments import arguments, images_in, split
 from taskloss.blame import who_blocks
 from taskloss.checks import InputError, check_callable, check_function, check_image
@@ -21,6 +21,7 @@ from taskloss.preprocess import only_reads, prepare
 from taskloss.ranges import RangeCheck
 from taskloss.reach import ReachCheck
 from taskloss.trees import lent
+from taskloss.values import to_scalar, zero_loss
 
 
 class TaskOrientedLoss(Term):

@@ -15,8 +15,8 @@ import taskloss
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"checks", "trees", "distributed", "folding", "lean_layers", "page", "randomness", "signals", "_version"},
-    {"finite", "precision", "holdings", "lean", "arguments", "labels", "memory", "ranges", "reach"},
-    {"features", "diagnosis"},
+    {"finite", "precision", "holdings", "lean", "arguments", "calls", "labels", "memory", "ranges", "reach", "weights"},
+    {"features", "diagnosis", "values"},
     {"frozen", "algebra", "watching"},
     {"blame", "samples"},
     {"audit", "preprocess", "transfer"},
