@@ -12,7 +12,7 @@ import torch
 
 from examples.tod_net_ct.__main__ import main
 from examples.tod_net_ct.evaluation import training_view
-from examples.tod_net_ct.metrics import dice, image_quality, paired
+from examples.tod_net_ct.metrics import class_dice, dice, image_quality, paired
 from examples.tod_net_ct.networks import load_denoiser
 from examples.tod_net_ct.run import PRESETS
 from examples.tod_net_ct.scans import Cases, abdominal_phantom, organ_mask
@@ -219,6 +219,13 @@ def test_dice_by_hand() -> None:
     a[..., :2], b[..., 1:3] = 1, 1
     assert dice(a, b) == pytest.approx(0.5)
     assert dice(a * 0, b * 0) == 1.0
+    assert dice(a, b * 0) == 0.0
+
+
+def test_dice_of_several_classes_is_their_mean_over_those_that_the_mask_has() -> None:
+    found, mask = torch.tensor([[[1, 1, 2, 2, 0, 3]]]), torch.tensor([[[1, 2, 2, 2, 0, 0]]])
+    assert class_dice(found, mask) == {1: pytest.approx(2 / 3), 2: pytest.approx(4 / 5)}
+    assert dice(found, mask) == pytest.approx((2 / 3 + 4 / 5) / 2)
 
 
 def test_paired_tests_see_what_an_unpaired_one_would_miss() -> None:

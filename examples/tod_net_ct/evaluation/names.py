@@ -39,4 +39,5 @@ def heading(key: str) -> str:
         if key.endswith(what):
             whose = {"roi": "ROI", "whole": "whole-image"}.get(key.removesuffix(what)) or title(key.removesuffix(what))
             return f"{whose} {title(what[1:])}"
-    return title(key)
+    network, one_class, name = key.partition("_dice_")
+    return f"{title(network)} {title('dice')}, {title(name)}" if one_class else title(key)

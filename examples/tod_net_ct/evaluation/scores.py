@@ -20,7 +20,7 @@ from taskloss import Fidelity, LossSum, TaskOrientedLoss, gradient_maps
 
 from ..dose import to_unit
 from ..inference import segment
-from ..metrics import dice, holm, image_quality, mean_and_sd, paired, surface_distance_mm
+from ..metrics import class_dice, dice, holm, image_quality, mean_and_sd, paired, surface_distance_mm
 from ..networks import load_denoiser
 from ..run import (
     Guidance,
@@ -128,13 +128,15 @@ def measure_case(
     """
     normal_hu, low_hu, mask = cases.in_hu(index)
     voxel_mm = cases.voxel_mm_of(index)
-    blank: Row = dict.fromkeys((*QUALITY, *_columns_of(networks)), math.nan)
+    blank: Row = dict.fromkeys((*QUALITY, *_columns_of(networks, cases.class_names)), math.nan)
 
     def judged(image: Tensor, by: Mapping[str, nn.Module]) -> Row:
         row: Row = {}
         for name, network in by.items() if mask.any() else ():
             found = segment(network, image, voxel_mm, settings.voxel_mm, device=device)
             row[f"{name}_dice"] = 100 * dice(found, mask)
+            if len(cases.class_names) > 1:
+                row |= {f"{name}_dice_{cases.class_names[k - 1]}": 100 * v for k, v in class_dice(found, mask).items()}
             row[f"{name}_surface_mm"] = surface_distance_mm(found, mask, voxel_mm)
         return row
 
@@ -152,8 +154,9 @@ def measure_case(
     return rows
 
 
-def _columns_of(networks: Iterable[str]) -> list[str]:
-    return [f"{name}_{what}" for name in networks for what in ("dice", "surface_mm")]
+def _columns_of(networks: Iterable[str], class_names: Sequence[str]) -> list[str]:
+    own = [f"dice_{name}" for name in class_names] if len(class_names) > 1 else []
+    return [f"{name}_{what}" for name in networks for what in ("dice", *own, "surface_mm")]
 
 
 def _kept(path: Path) -> list[Row] | None:
@@ -318,7 +321,7 @@ def focus(settings: Settings, run: Path) -> dict[str, dict[str, float]]:
             continue
         with torch.no_grad():
             x_hat = half(low)
-        found = gradient_maps(loss, x_hat, reference=normal, label=mask).focus(mask)
+        found = gradient_maps(loss, x_hat, reference=normal, label=mask).focus(mask > 0)
         for name, value in found.items():
             shares[name].append(value.share)
             ratios[name].append(value.ratio)

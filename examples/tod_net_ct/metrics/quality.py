@@ -44,13 +44,24 @@ def image_quality(restored_hu: Tensor, normal_hu: Tensor, mask: Tensor) -> dict[
 
 
 def dice(prediction: Tensor, mask: Tensor) -> float:
-    """Dice of two binary volumes; one if both are empty."""
+    """Dice of two label maps: the mean over the classes that the mask has; one if both are empty."""
+    overlaps = class_dice(prediction, mask) or {1: 1.0 if not prediction.any() else 0.0}
+    return sum(overlaps.values()) / len(overlaps)
+
+
+def class_dice(prediction: Tensor, mask: Tensor) -> dict[int, float]:
+    """Dice of every class that the mask has, by its number from 1 on.
+
+    Shape:
+        Both `(D, H, W)`, bool or whole numbers with 0 for the background.
+    """
     from monai.metrics import compute_dice
 
-    overlap = compute_dice(
-        prediction[None, None] > 0, mask[None, None] > 0, include_background=True, ignore_empty=False
-    )
-    return float(overlap)
+    pairs = {int(k): (prediction == k, mask == k) for k in mask.unique().tolist() if k}
+    return {
+        k: float(compute_dice(found[None, None], truth[None, None], include_background=True))
+        for k, (found, truth) in pairs.items()
+    }
 
 
 def surface_distance_mm(prediction: Tensor, mask: Tensor, voxel_mm: Sequence[float]) -> float:

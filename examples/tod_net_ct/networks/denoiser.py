@@ -129,8 +129,8 @@ class Denoiser(nn.Module):
         return compute(x, skip)
 
 
-def unet(width: int = 16, *, norm: str = "batch") -> nn.Module:
-    """MONAI's 3-D U-Net as the example's task network: 1 channel in, logits of background and organ out.
+def unet(width: int = 16, n_scores: int = 2, *, norm: str = "batch") -> nn.Module:
+    """MONAI's 3-D U-Net as the example's task network: 1 channel in, logits of background and each class out.
 
     Four levels (w, 2w, 4w, 8w) with strides of 2, so every side of the volume must divide by 8
     (`UNET_SIDE_MULTIPLE`); about 120 thousand parameters at width 8. The paper's own U-Net is far larger (42.9
@@ -146,7 +146,7 @@ def unet(width: int = 16, *, norm: str = "batch") -> nn.Module:
     return UNet(
         spatial_dims=3,
         in_channels=1,
-        out_channels=2,
+        out_channels=n_scores,
         channels=(width, 2 * width, 4 * width, 8 * width),
         strides=(2, 2, 2),
         num_res_units=0,

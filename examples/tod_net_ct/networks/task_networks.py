@@ -1,7 +1,8 @@
 """The four segmentation networks of the paper's section 3.2, at any width, and their checkpoint file.
 
-All take `(N, 1, D, H, W)` in the units of `to_unit` and give logits `(N, 2, D, H, W)` of background and organ. The
-paper says which families it used, not their sizes; the published code's sizes are in `PUBLISHED_WIDTH`.
+All take `(N, 1, D, H, W)` in the units of `to_unit` and give logits `(N, K, D, H, W)` of background and the classes:
+one organ in the paper (K = 2), or an organ and its tumours (K = 3). The paper says which families it used, not their
+sizes; the published code's sizes are in `PUBLISHED_WIDTH`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ SIDE_MULTIPLE = 16  # every side of a volume must divide by this, whatever the n
 PUBLISHED_WIDTH = {"unet": 64, "vnet": 16, "res_unet": 16, "vox_resnet": 32}
 
 
-def vnet(width: int = 16) -> nn.Module:
+def vnet(width: int = 16, n_scores: int = 2) -> nn.Module:
     """V-Net, built from MONAI's blocks: 5x5x5 convolutions, a residual per stage, three or (at the paper's width of
     16) four levels.
 
@@ -31,14 +32,14 @@ def vnet(width: int = 16) -> nn.Module:
     from monai.networks.nets import VNet
 
     if width == PUBLISHED_WIDTH["vnet"]:
-        return VNet(out_channels=2)
-    return _SmallVNet(width)
+        return VNet(out_channels=n_scores)
+    return _SmallVNet(width, n_scores)
 
 
 class _SmallVNet(nn.Module):
     """Three levels for volumes of a few slices; dropout is left out, as a few channels cannot spare any."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, n_scores: int) -> None:
         super().__init__()
         from monai.networks.nets.vnet import DownTransition, InputTransition, OutputTransition, UpTransition
 
@@ -49,7 +50,7 @@ class _SmallVNet(nn.Module):
             UpTransition(3, a * width, b * width, n, act, dropout_prob=(None, 0.0))
             for a, b, n in ((8, 8, 2), (8, 4, 1), (4, 2, 1))
         )
-        self.leave = OutputTransition(3, 2 * width, 2, act)
+        self.leave = OutputTransition(3, 2 * width, n_scores, act)
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.enter(image)
@@ -63,7 +64,7 @@ class _SmallVNet(nn.Module):
         return self.leave(x)
 
 
-def res_unet(width: int = 16) -> nn.Module:
+def res_unet(width: int = 16, n_scores: int = 2) -> nn.Module:
     """Res-U-Net: MONAI's U-Net with two residual units per level.
 
     Reference:
@@ -72,9 +73,9 @@ def res_unet(width: int = 16) -> nn.Module:
     """
     from monai.networks.nets import UNet
 
-    channels = (width, 2 * width, 4 * width, 8 * width)
+    channels, norm = (width, 2 * width, 4 * width, 8 * width), "batch"
     return UNet(
-        3, 1, 2, channels, strides=(2, 2, 2), num_res_units=2, norm="batch", act=("prelu", {}), adn_ordering="NDA"
+        3, 1, n_scores, channels, strides=(2, 2, 2), num_res_units=2, norm=norm, act=("prelu", {}), adn_ordering="NDA"
     )
 
 
@@ -88,7 +89,7 @@ class VoxResNet(nn.Module):
         Chen et al., VoxResNet, NeuroImage 2018.
     """
 
-    def __init__(self, width: int = 32) -> None:
+    def __init__(self, width: int = 32, n_scores: int = 2) -> None:
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv3d(1, width, 3, padding=1, bias=False),
@@ -112,7 +113,7 @@ class VoxResNet(nn.Module):
                 nn.ReLU(),
                 nn.ConvTranspose3d(channels, width, kernel_size=(1, k, k), stride=(1, k, k)),
                 nn.ReLU(),
-                nn.Conv3d(width, 2, 1),
+                nn.Conv3d(width, n_scores, 1),
             )
             for channels, k in ((width, 1), (2 * width, 2), (2 * width, 4), (2 * width, 8))
         )
@@ -140,7 +141,7 @@ class _VoxRes(nn.Module):
         return x + self.change(x)
 
 
-TASK_NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+TASK_NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     "unet": unet,
     "vnet": vnet,
     "res_unet": res_unet,
@@ -148,8 +149,8 @@ TASK_NETWORKS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def build(name: str, width: int) -> nn.Module:
-    """A new network by its name.
+def build(name: str, width: int, n_scores: int = 2) -> nn.Module:
+    """A new network by its name, with logits of background and `n_scores - 1` classes.
 
     Raises:
         ValueError: the name is unknown, or the width is less than 1.
@@ -158,11 +159,14 @@ def build(name: str, width: int) -> nn.Module:
         raise ValueError(f"task network: expected one of {', '.join(TASK_NETWORKS)}, got {name!r}")
     if width < 1:
         raise ValueError(f"task network: expected a width of at least 1, got {width}; for example --set task_width=8")
-    return TASK_NETWORKS[name](width)
+    return TASK_NETWORKS[name](width, n_scores)
 
 
 def save_network(path: str | os.PathLike[str], network: nn.Module, name: str, width: int, **facts: Any) -> None:
-    """Write a task network with what is needed to build it again; the file appears whole or not at all."""
+    """Write a task network with what is needed to build it again; the file appears whole or not at all.
+
+    `class_names` among the facts says what the classes above 0 are; without it there is one.
+    """
     write_checkpoint(Path(path), _FORMAT, network, name=name, width=width, facts=facts)
 
 
@@ -175,7 +179,7 @@ def load_network(path: str | os.PathLike[str]) -> nn.Module:
     """
 
     def build_again(content: Mapping[str, Any]) -> nn.Module:
-        network = build(content["name"], content["width"])
+        network = build(content["name"], content["width"], 1 + len(content["facts"].get("class_names", [""])))
         network.facts = content["facts"]
         return network
 

@@ -88,7 +88,7 @@ def written(
         f"| HU window | {lower:g} to {upper:g}; voxels outside it are left as they are |",
         f"| voxel size (slice, row, column) | {' x '.join(f'{side:g}' for side in settings.voxel_mm)} mm |",
         f"| network | 3-D, width {config['width']}, norm {config['norm']}; seed {facts.get('seed', 'unknown')} |",
-        f"| task | {settings.organ}, guided by {', '.join(settings.guides)} |",
+        f"| task | {settings.organ.replace('+', ' and ')}, guided by {', '.join(settings.guides)} |",
         f"| licence of the weights | {facts['licence']} |",
         f"| checkpoint | sha256 {facts['weights']} |",
         "",

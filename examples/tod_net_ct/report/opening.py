@@ -62,8 +62,9 @@ def opening_sentence(summary: dict[str, Any], settings: Settings, guide: str) ->
         told = ", ".join(f"{value:.1f} HU {_behind(name)}" for name, value in errors if value is not None)
         return f"Distance from normal dose over the whole image (RMSE, mean of {summary['n_cases']} cases): {told}."
     told = ", ".join(f"{value:.1f} {_behind(name)}" for name, value in values)
+    organ = settings.organ.replace("+", " and ")
     return (
-        f"{title(guide)} finds the {settings.organ} with a Dice of {normal:.1f} % on normal dose, {told} "
+        f"{title(guide)} finds the {organ} with a Dice of {normal:.1f} % on normal dose, {told} "
         f"(mean of {summary['n_labelled']} test cases)."
     )
 

@@ -76,7 +76,7 @@ def gradient_figure(settings: Settings, run: Path, index: int) -> Any | None:
     maps = gradient_maps(loss, x_hat, reference=normal, label=mask)
     titles = {"mse": "MSE", "l1": "L1", "perceptual": "perceptual", "task": "task"}
     return plot_gradient_maps(
-        maps, prediction=loss["task", TaskOrientedLoss].predict(x_hat), roi=mask, window=(0, 1), titles=titles
+        maps, prediction=loss["task", TaskOrientedLoss].predict(x_hat), roi=mask > 0, window=(0, 1), titles=titles
     )
 
 

@@ -36,7 +36,7 @@ class Data:
     """
 
     data: str = ""
-    organ: str = "liver"
+    organ: str = "liver"  # classes with + between them, the later inside the earlier: "liver+tumour", or "1,2+2"
     n_train: int = 400  # 0 for scans: split all of them by patient, as `split` says
     n_validation: int = 12
     n_test: int = 40

@@ -19,7 +19,7 @@ from .preparation import cases_of, grid_of
 
 
 class Cases(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """One split: ``low``, ``normal`` (float32 in [0, 1]) and ``mask`` (uint8), each ``(1, D, H, W)``.
+    """One split: ``low``, ``normal`` (float32 in [0, 1]) and ``mask`` (uint8, 0 for background), each ``(1, D, H, W)``.
 
     Training items are sub-volumes of ``shape`` on the training grid, overlapping along the body and filled up with air
     where a scan ends. A scan of another voxel size is resampled when it is first used, and kept in
@@ -28,6 +28,7 @@ class Cases(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
     Attributes:
         paths: The cases' files; `in_hu` counts them, and for validation and test `__getitem__` does, too.
+        class_names: What the mask's numbers from 1 on are called.
         items: For each training item its case and its first slice.
     """
 
@@ -43,7 +44,8 @@ class Cases(Dataset[tuple[Tensor, Tensor, Tensor]]):
             facts, self._about = manifest["facts"], manifest["results"]["cases"]
             self.shape: tuple[int, int, int] = tuple(facts["shape"])
             self.voxel_mm: tuple[float, float, float] = tuple(facts["voxel_mm"])
-        except (KeyError, TypeError) as error:
+            self.class_names: list[str] = facts["organ"].split("+")
+        except (KeyError, TypeError, AttributeError) as error:
             folder = run / "cases"
             raise ValueError(
                 f"{folder / 'manifest.json'}: expected a stage's manifest, got a damaged file; remove the folder "

@@ -7,7 +7,7 @@ One case is in memory at a time.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -131,7 +131,7 @@ def _read_phantom(seed: int, settings: Settings, noisy: bool) -> dict[str, Tenso
     and a network that has seen none falls at the first.
     """
     phantom = abdominal_phantom(seed, settings.shape, settings.voxel_mm)
-    mask = organ_mask(phantom.label, settings.organ)
+    mask = _painted([organ_mask(phantom.label, name) for name in settings.organ.split("+")])
     volume_hu = phantom.volume_hu
     if noisy:
         with one_thread():
@@ -144,21 +144,28 @@ def _scans(settings: Settings) -> list[Source]:
     sources = []
     for case in find_cases(settings.data):
         files = tuple(path for path in (case.scan, case.label, case.low) if path is not None)
-        numbers = organ_labels(case, settings.organ)  # a wrong organ is told before anything is read
+        numbers = [organ_labels(case, name) for name in settings.organ.split("+")]  # a wrong one is told at once
+        if len(numbers) > 1 and None in numbers:
+            raise ValueError(
+                f"{case.name}: expected a data set that says what its labels are, got {settings.organ!r} for one that "
+                "does not; give label numbers such as --set organ=1,2+2"
+            )
         sources.append(Source(case.name, case.patient, files, partial(_read_scan, case, settings, numbers)))
     return sources
 
 
-def _read_scan(case: Case, settings: Settings, numbers: tuple[int, ...] | None) -> dict[str, Tensor]:
+def _read_scan(case: Case, settings: Settings, numbers: Sequence[tuple[int, ...] | None]) -> dict[str, Tensor]:
     try:
         scan = read_scan(case.scan, assume_hu=settings.assume_hu)
-        mask = torch.zeros(scan.volume_hu.shape, dtype=torch.bool)
+        mask = torch.zeros(scan.volume_hu.shape, dtype=torch.uint8)
         if case.label is not None:
             label = read_label(case.label, scan, allow_empty=case.low is not None)  # a single slice may lack the organ
-            mask = label > 0 if numbers is None else torch.isin(label, torch.tensor(numbers, dtype=label.dtype))
+            mask = _painted([
+                label > 0 if own is None else torch.isin(label, torch.tensor(own, dtype=label.dtype)) for own in numbers
+            ])  # fmt: skip
             if not mask.any() and case.low is None:
                 raise ValueError(
-                    f"{case.label.name}: expected the organ {settings.organ!r} (labels {_list(numbers or ())}), got "
+                    f"{case.label.name}: expected the organ {settings.organ!r} (labels {_list(numbers[0] or ())}), got "
                     f"labels {_list(label.unique().tolist())}; take the case out, or pick label numbers with "
                     "--set organ=1,2"
                 )
@@ -173,8 +180,16 @@ def _read_scan(case: Case, settings: Settings, numbers: tuple[int, ...] | None) 
     return tensors
 
 
+def _painted(masks: Sequence[Tensor]) -> Tensor:
+    """Class numbers from 1 on; a later class lies over those before it, as a tumour lies in its organ."""
+    painted = torch.zeros(masks[0].shape, dtype=torch.uint8)
+    for number, mask in enumerate(masks, start=1):
+        painted[mask] = number
+    return painted
+
+
 def _tensors(volume_hu: Tensor, mask: Tensor, voxel_mm: tuple[float, float, float]) -> dict[str, Tensor]:
-    return {"normal_hu": _to_int16(volume_hu), "mask": mask.to(torch.uint8), "voxel_mm": torch.tensor(voxel_mm)}
+    return {"normal_hu": _to_int16(volume_hu), "mask": mask, "voxel_mm": torch.tensor(voxel_mm)}
 
 
 def _to_int16(volume_hu: Tensor) -> Tensor:

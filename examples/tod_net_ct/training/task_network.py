@@ -40,7 +40,9 @@ FOLDERS = {"normal": "task", "low": "oracle"}  # by the dose that a network was 
 
 
 def dice_loss(kind: str = "batch") -> nn.Module:
-    """Eq. 3 of the paper: one minus the foreground's soft Dice, over the batch as in the published code."""
+    """Eq. 3 of the paper: one minus the foreground's soft Dice, over the batch as in the published code; with several
+    classes the mean over them.
+    """
     from monai.losses import DiceLoss
 
     if kind not in ("batch", "sample"):
@@ -66,7 +68,7 @@ def train_task(name: str, settings: Settings, run: Path, fabric: Any = None) -> 
     fabric.barrier()
     torch.manual_seed(settings.seed)
     train = Cases(run, "train")
-    parts = set_up(name, settings, steps, fabric)
+    parts = set_up(name, settings, steps, fabric, len(train.class_names))
     point = Point(folder / "last.pt", fabric, network=parts.own, optimizer=parts.optimizer, schedule=parts.schedule)
     start, log, least = point.load()  # the Dice loss on validation, where there is one
     board = Board(folder / "tensorboard", fabric, start)
@@ -117,9 +119,9 @@ class Parts:
     backward: Any  # the machine's, which knows of its precision and its processes
 
 
-def set_up(name: str, settings: Any, steps: int, fabric: Any) -> Parts:
+def set_up(name: str, settings: Any, steps: int, fabric: Any, n_classes: int) -> Parts:
     """A new network and its optimiser, on the machine's device."""
-    own = build(name, width_of(name, settings)).to(memory_format=torch.channels_last_3d)
+    own = build(name, width_of(name, settings), 1 + n_classes).to(memory_format=torch.channels_last_3d)
     optimizer = torch.optim.Adam(own.parameters(), lr=settings.task_learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.task_learning_rate, total_steps=steps)
     network, optimizer = fabric.setup(torch.compile(own) if settings.compile else own, optimizer)
@@ -146,7 +148,7 @@ def keep(name: str, network: nn.Module, train: Cases, settings: Any, folder: Pat
     findings = audit_task_model(network, normal[None])
     if findings:
         raise ValueError(f"{name} is unfit to guide a denoiser: " + "; ".join(map(str, findings)))
-    facts = {"voxel_mm": list(settings.voxel_mm), "seed": settings.seed}
+    facts = {"voxel_mm": list(settings.voxel_mm), "seed": settings.seed, "class_names": train.class_names}
     save_network(folder / "weights.pt", network, name, width_of(name, settings), **facts)
 
 
