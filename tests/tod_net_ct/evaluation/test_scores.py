@@ -65,7 +65,7 @@ def run(tmp_path, monkeypatch):
         save_tensors(tmp_path / f"cases/{name}.pt", normal_hu=normal_hu, mask=mask, voxel_mm=torch.tensor(voxel_mm))
         save_tensors(tmp_path / f"low_dose/{name}.pt", low_hu=low_hu)
         about[name] = {"training_slices": size[0], "on_training_grid": i == 0}
-    facts = {"shape": settings.shape, "voxel_mm": settings.voxel_mm, "overlap": 0.5}
+    facts = {"shape": settings.shape, "voxel_mm": settings.voxel_mm, "overlap": 0.5, "organ": settings.organ}
     manifest = json.dumps({"facts": facts, "results": {"cases": about}})
     for folder in ("cases", "low_dose", "denoisers/tod_net"):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)

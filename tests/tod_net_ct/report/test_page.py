@@ -72,7 +72,7 @@ def made(tmp_path_factory):
         save_tensors(run / f"cases/{name}.pt", normal_hu=normal_hu.to(torch.int16), mask=mask, voxel_mm=voxel_mm)
         save_tensors(run / f"low_dose/{name}.pt", low_hu=low_hu)
         about[name] = {"training_slices": 16, "on_training_grid": True}
-    facts = {"shape": settings.shape, "voxel_mm": settings.voxel_mm, "overlap": 0.5}
+    facts = {"shape": settings.shape, "voxel_mm": settings.voxel_mm, "overlap": 0.5, "organ": settings.organ}
     manifest = {"facts": facts, "results": {"cases": about, "warning": "patient <7> served in more than one split"}}
     write_text(run / "cases" / "manifest.json", json.dumps(manifest))
     write_text(run / "low_dose" / "manifest.json", json.dumps({"facts": {}, "results": {}}))

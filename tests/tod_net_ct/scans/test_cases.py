@@ -315,7 +315,7 @@ def test_training_memory_does_not_grow_with_the_volumes(tmp_path) -> None:
         save_tensors(tmp_path / folder / "train-000.pt", **tensors)
         for i in range(1, n):
             os.link(tmp_path / folder / "train-000.pt", tmp_path / folder / f"train-{i:03d}.pt")
-    facts = {"shape": (8, 128, 128), "voxel_mm": (1, 1, 1), "overlap": 0}
+    facts = {"shape": (8, 128, 128), "voxel_mm": (1, 1, 1), "overlap": 0, "organ": "liver"}
     results = {"cases": {f"train-{i:03d}": about for i in range(n)}}
     write_text(tmp_path / "cases" / "manifest.json", json.dumps({"facts": facts, "results": results}))
     del volume, mask

@@ -312,7 +312,7 @@ def test_a_network_unfit_to_guide_stops_the_run(run, monkeypatch) -> None:
         def forward(self, image):
             return self.conv(image) if self.training else self.conv(image.detach())
 
-    monkeypatch.setitem(TASK_NETWORKS, "unet", lambda width: Deaf())
+    monkeypatch.setitem(TASK_NETWORKS, "unet", lambda width, n_scores: Deaf())
     with pytest.raises(ValueError, match="unet is unfit to guide a denoiser"):
         train_task("unet", replace(TINY, task_steps=(1,)), run)
 
