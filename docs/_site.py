@@ -1,4 +1,4 @@
-"""What the site needs beyond Sphinx: figures of the gallery, links into the repository, the list of public names."""
+"""What the site needs beyond Sphinx: figures of the gallery, formulas, links, the list of public names."""
 
 from __future__ import annotations
 
@@ -85,6 +85,16 @@ def same_start(gallery_conf: dict[str, Any], script: str) -> None:
     torch.set_num_threads(1)
 
 
+def formula(writer: Any, node: Any) -> None:
+    """A formula as MathML, which browsers draw themselves: no script, and nothing is fetched from elsewhere."""
+    from docutils import nodes
+    from latex2mathml.converter import convert
+
+    block = isinstance(node, nodes.math_block)
+    writer.body.append(convert(node.astext(), display="block" if block else "inline"))
+    raise nodes.SkipNode
+
+
 def links_into_the_repository(text: str, page: str) -> str:
     """Pages link to files beside them, as one reads them in a clone; on the site, files that are no page are there."""
     folder = (HERE / page).parent
@@ -125,5 +135,6 @@ def setup(app: Any) -> None:
     page = HERE / "api.md"
     if not page.exists() or page.read_text() != api_page():
         page.write_text(api_page())
+    app.add_html_math_renderer("mathml", inline_renderers=(formula, None), block_renderers=(formula, None))
     app.connect("source-read", on_source)
     app.connect("include-read", on_include)

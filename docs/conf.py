@@ -22,7 +22,6 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
@@ -51,6 +50,7 @@ add_module_names = False
 python_use_unqualified_type_names = True
 maximum_signature_line_length = 88
 
+html_math_renderer = "mathml"  # of _site.py
 bibtex_bibfiles = ["refs.bib"]
 bibtex_default_style = "plain"
 
