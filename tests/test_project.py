@@ -39,6 +39,21 @@ def test_the_address_is_one_everywhere() -> None:
         assert home.removeprefix("https://github.com") in rule["replacement"]
 
 
+def test_whatever_the_code_cites_is_among_the_references() -> None:
+    listed = {}
+    for entry in (ROOT / "docs" / "refs.bib").read_text().split("\n@")[1:]:
+        key = re.search(r"{(\w+),", entry)[1]
+        told = dict(re.findall(r"^  (\w+) = {(.*)},?$", entry, flags=re.MULTILINE))
+        assert {"author", "title", "year"} <= told.keys() and told["year"] in key, key
+        assert told.keys() & {"booktitle", "journal"}, key
+        first = re.sub(r"{\\'e}", "é", told["author"]).split(",")[0]
+        listed.setdefault(first, set()).add(told["year"])
+    for folder in ("taskloss", "examples"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for name, year in re.findall(r"([A-Z]\w+) et al\b\D*?((?:19|20)\d\d)\b", file.read_text()):
+                assert year in listed.get(name, ()), f"{file.name}: {name} et al., {year}"
+
+
 def test_every_python_version_told_is_tested() -> None:
     told = re.findall(r"Python :: (3\.\d+)", "\n".join(pyproject()["project"]["classifiers"]))
     if not WORKFLOWS:

@@ -68,7 +68,7 @@ def res_unet(width: int = 16, n_scores: int = 2) -> nn.Module:
     """Res-U-Net: MONAI's U-Net with two residual units per level.
 
     Reference:
-        Kerfoot et al., Left-Ventricle Quantification Using Residual U-Net, 2018. The published code of TOD-Net has
+        Kerfoot et al., Left-Ventricle Quantification Using Residual U-Net, 2019. The published code of TOD-Net has
         another one (dilated convolutions, four supervised outputs, dropout that stays on in eval mode).
     """
     from monai.networks.nets import UNet
