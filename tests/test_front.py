@@ -38,7 +38,7 @@ def test_the_memory_line_is_that_of_the_lean_benchmark_where_there_is_one() -> N
     ]  # fmt: skip
     line = front.memory({"lean": {"cases": cases}})
     assert "0.30 (A) to 0.90 (B)" in line and "median 0.40 of 3 networks" in line
-    assert line.endswith("at the same gradient and 0.95 to 1.10 of the time (median 1.00).")
+    assert line.endswith("at the same gradient and 0.95 to 1.10 times the time (median 1.00).")
 
 
 def test_before_and_after_are_the_rows_of_the_best_confirming_comparison(tmp_path) -> None:
