@@ -47,6 +47,7 @@ napoleon_custom_sections = ["Shape", "Units"]
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 add_module_names = False
+toc_object_entries_show_parents = "hide"
 python_use_unqualified_type_names = True
 maximum_signature_line_length = 88
 

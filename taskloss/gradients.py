@@ -245,7 +245,7 @@ def gradient_maps(
     label: object = None,
     step: int | None = None,
 ) -> GradientMaps:
-    r"""The gradient of every term of a loss with respect to the restored image: Eq. 4-7 of the paper.
+    r"""The gradient of every term of a loss with respect to the restored image (equations 4 to 7 of the paper).
 
     .. math:: g_i = \partial L_i / \partial \hat x
 

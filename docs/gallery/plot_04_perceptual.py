@@ -61,7 +61,8 @@ loss = LossSum(
 loss.train()  # what a trainer does to everything it holds
 print("parameters:", len(list(loss.parameters())), "entries of the state_dict:", len(loss.state_dict()))
 value = loss.breakdown(x_hat, reference=clean)
-print(value.floats(), "and again the same:", value.floats() == loss.breakdown(x_hat, reference=clean).floats())
+print(", ".join(f"{name} {number:.4g}" for name, number in value.floats().items()))
+print("and again the same:", value.floats() == loss.breakdown(x_hat, reference=clean).floats())
 
 # %%
 # What they ask for
