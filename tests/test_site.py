@@ -61,6 +61,13 @@ def test_every_link_within_the_site_leads_somewhere() -> None:
     assert not broken, broken
 
 
+def test_no_page_needs_anything_from_elsewhere() -> None:
+    for page in pages():
+        loads = re.findall(r'<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)="((?:https?:)?//[^"]*)"', page.read_text())
+        assert not loads, f"{page.relative_to(SITE)}: {loads}"
+    assert "<math" in (SITE / "api" / "taskloss.GradientBalancer.html").read_text()
+
+
 def test_the_gallery_is_there_as_scripts_and_notebooks() -> None:
     scripts = sorted((SITE.parent / "docs" / "gallery").glob("*.py"))
     assert len(scripts) >= 8
