@@ -63,7 +63,9 @@ def test_every_link_within_the_site_leads_somewhere() -> None:
 
 def test_no_page_needs_anything_from_elsewhere() -> None:
     for page in pages():
-        loads = re.findall(r'<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)="((?:https?:)?//[^"]*)"', page.read_text())
+        loads = re.findall(
+            r'<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)="((?:https?:)?//[^"]*)"', page.read_text()
+        )
         assert not loads, f"{page.relative_to(SITE)}: {loads}"
     assert "<math" in (SITE / "api" / "taskloss.GradientBalancer.html").read_text()
 
