@@ -26,8 +26,8 @@ import torch
 from .harness import Options, process_peak_bytes
 
 NAMES = (
-    "step", "limit", "lean", "checkpointing", "balancing", "maps", "critic", "consistency", "start", "scaling",
-    "simulation", "denoising", "data", "projection",
+    "step", "limit", "lean", "checkpointing", "sharing", "balancing", "maps", "critic", "consistency", "start",
+    "scaling", "simulation", "denoising", "data", "projection",
 )  # fmt: skip
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (

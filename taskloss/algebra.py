@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeVar, overload
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from taskloss.calls import function_of_image, gradient_norm
 from taskloss.checks import InputError, nearest, readable, snake_case
 from taskloss.finite import not_finite, watch_gradient
+from taskloss.sharing import Look, Step, step_of
 from taskloss.values import LossValue, check_finite, zero_loss
 from taskloss.weights import Weight, at_step, check_weight, product
 
@@ -40,6 +43,10 @@ class Term(nn.Module):
         """The name that errors carry until a sum gives the term a better one."""
         return self._where
 
+    def _looks(self) -> Iterable[Look | None]:
+        """What the term is going to see through frozen networks, for others to share."""
+        return ()
+
     def __add__(self, other: Term | LossSum) -> LossSum:
         return as_sum(self) + as_sum(other)
 
@@ -53,7 +60,8 @@ class LossSum(nn.Module):
     """A weighted sum of named terms, ``L(x_hat) = sum_i w_i L_i(x_hat)``.
 
     The sum is linear only, so the total's gradient is exactly the weighted sum of the terms' gradients. A term
-    whose weight is zero is not computed. Sums nest: ``LossSum(task=a + b)`` names its parts ``task/a`` and
+    whose weight is zero is not computed. Terms that look through one :class:`Frozen` with the same ``preprocess`` run
+    it once for x_hat, and once for the reference. Sums nest: ``LossSum(task=a + b)`` names its parts ``task/a`` and
     ``task/b``, and ``LossSum(mse=0.5 * Fidelity(...))`` is ``mse`` with weight 0.5.
 
     Args:
@@ -172,10 +180,11 @@ class LossSum(nn.Module):
         seen = x_hat.view_as(x_hat) if checked and x_hat.requires_grad and torch.is_grad_enabled() else x_hat
         terms: dict[str, Tensor] = {}
         total: Tensor | None = None
-        for name, compute in self.computations(weights, reference=reference, label=label):
-            terms[name] = compute(seen)
-            weighted = weights[name] * terms[name]
-            total = weighted if total is None else total + weighted
+        with self.sharing(weights):
+            for name, compute in self.computations(weights, reference=reference, label=label):
+                terms[name] = compute(seen)
+                weighted = weights[name] * terms[name]
+                total = weighted if total is None else total + weighted
         value = LossValue(zero_loss(seen) if total is None else total, terms, weights)
         if checked:
             check_finite(value, x_hat=x_hat, reference=reference)
@@ -200,6 +209,13 @@ class LossSum(nn.Module):
             if reads is not None and targets[reads] is None:
                 raise InputError(name, f"needs a {reads}, but {reads} is None; call loss(x_hat, {reads}=...)")
             yield name, function_of_image(name, term, None if reads is None else targets[reads])
+
+    def sharing(self, weights: Mapping[str, float]) -> contextlib.AbstractContextManager[Step | None]:
+        """While it is open, the terms that count run a network once where they look through it at the same image."""
+        if torch.compiler.is_compiling():
+            return contextlib.nullcontext()
+        counting = [term for name, term in self.terms.items() if weights[name] != 0 and isinstance(term, Term)]
+        return step_of(chain.from_iterable(term._looks() for term in counting))
 
     def _by_kind(self, target: Any, reference: Tensor | None, label: object) -> tuple[Tensor | None, object]:
         if target is None:

@@ -13,7 +13,7 @@ from taskloss.algebra import LossSum, check_names
 from taskloss.checks import InputError, check_callable, check_image
 from taskloss.distributed import ReplicaCheck, n_processes, sum_over_processes_
 from taskloss.finite import not_finite
-from taskloss.gradients import value_and_gradient
+from taskloss.gradients import values_and_gradients
 from taskloss.precision import full_precision
 from taskloss.values import LossValue
 
@@ -130,12 +130,13 @@ class GradientBalancer:
         self._replicas.note(x_hat)
         self._replicas.compare("gradient_balancer", x_hat.device)
         base = self.loss.weights_at(step)
-        terms: dict[str, Tensor] = {}
-        gradients: dict[str, Tensor] = {}
-        for name, compute in self.loss.computations(base, reference=reference, label=label):
-            if self.shares is not None and name not in self.shares:
+        for name, weight in base.items():
+            if self.shares is not None and weight != 0 and name not in self.shares:
                 raise InputError("gradient_balancer", f"term {name!r} has no share; add it to shares={{...}}")
-            terms[name], gradients[name] = value_and_gradient(compute, x_hat, self.loss.terms[name])
+        found = values_and_gradients(self.loss, base, x_hat, reference=reference, label=label)
+        terms = {name: value for name, value, _ in found}
+        gradients = {name: gradient for name, _, gradient in found}
+        del found
         norms, numbers = self._measure(terms, gradients, x_hat=x_hat, reference=reference)
         if self.shares is not None:
             weights = self._weights_by_share(norms)

@@ -15,11 +15,13 @@ from taskloss.checks import check_callable, check_function, check_image, check_s
 from taskloss.diagnosis import told
 from taskloss.features import check_layers
 from taskloss.frozen import Frozen, freeze, hold
+from taskloss.looks import Shared, look_of, shared
 from taskloss.memory import Remembered
 from taskloss.precision import full_precision, no_autocast
-from taskloss.preprocess import Draw, prepare
+from taskloss.preprocess import Draw, only_reads, prepare
 from taskloss.ranges import RangeCheck
 from taskloss.reach import ReachCheck
+from taskloss.sharing import Look
 from taskloss.values import to_scalar, zero_loss
 
 
@@ -123,10 +125,11 @@ class TaskConsistencyLoss(Term):
         check_same(self.where, x_hat, reference)
         if x_hat.shape[0] == 0:
             return zero_loss(x_hat)
-        draw = Draw(self.preprocess, x_hat.device)
-        image = draw(x_hat)
-        target = self._target(reference, draw)
-        seen = self._see(image)
+        look = shared(self.task_model, self.preprocess, x_hat, self._names)
+        draw = Draw(self.preprocess, x_hat.device) if look is None else look.draw
+        image = draw(x_hat) if look is None else look.image
+        target = self._target(reference, draw, look)
+        seen = self._see(image, look=look)
         with no_autocast(x_hat.device):
             value: Tensor | None = None
             for name, weight in (self.layers or {"": 1.0}).items():
@@ -136,10 +139,17 @@ class TaskConsistencyLoss(Term):
         assert value is not None  # layers are never empty
         return self._reach(self.where, value, x_hat, lambda: self._blame(x_hat))
 
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return ("",) if self.layers is None else tuple(self.layers)
+
+    def _looks(self) -> list[Look | None]:
+        return [look_of(self.task_model, self.preprocess, self._names, what) for what in ("x_hat", "reference")]
+
     def _blame(self, x_hat: Tensor) -> str:
         return who_blocks(x_hat, self.preprocess, self.task_model.network) or "the output function or the distance"
 
-    def _target(self, reference: Tensor, draw: Draw) -> dict[str, Any]:
+    def _target(self, reference: Tensor, draw: Draw, first: Shared | None) -> dict[str, Any]:
         stamp: object = None
         if self._cache is not None and not draw.random:
             stamp = (self.preprocess, self.task_model.stamp())
@@ -147,12 +157,15 @@ class TaskConsistencyLoss(Term):
             if remembered is not None:
                 return remembered
         with torch.no_grad():
-            target = self._see(draw(reference), check=True)
+            look = None
+            if first is not None:
+                look = shared(self.task_model, self.preprocess, reference, self._names, first=first)
+            target = self._see(draw(reference) if look is None else look.image, check=True, look=look)
         if self._cache is not None and not draw.random:
             self._cache.keep(reference, stamp, target)
         return target
 
-    def _see(self, image: Any, check: bool = False) -> dict[str, Any]:
+    def _see(self, image: Any, *, check: bool = False, look: Shared | None = None) -> dict[str, Any]:
         if not torch.compiler.is_compiling():
             images = images_in(image)
             for tensor in images:
@@ -162,6 +175,8 @@ class TaskConsistencyLoss(Term):
         positional, named = arguments(image)
 
         def run() -> dict[str, Any]:
+            if look is not None:
+                return look.outputs(self._names, only_reads=self.output is None and only_reads(self.distance))
             if self.layers is None:
                 return {"": self.task_model(*positional, **named)}
             return self.task_model.features(image, list(self.layers))
@@ -190,6 +205,7 @@ def soft_kl(prediction: Tensor, target: Tensor, *, temperature: float = 1.0, dim
     Reference:
         Hinton et al., Distilling the Knowledge in a Neural Network, 2015, section 2.
     """
-    log_p = (prediction / temperature).log_softmax(dim)
-    log_q = (target / temperature).log_softmax(dim)
+    if temperature != 1:  # dividing full-size logits by one takes as long as by anything else
+        prediction, target = prediction / temperature, target / temperature
+    log_p, log_q = prediction.log_softmax(dim), target.log_softmax(dim)
     return temperature**2 * (log_q.exp() * (log_q - log_p)).sum(dim).mean()

@@ -41,7 +41,8 @@ class Frozen(nn.Module):
     registry: it is absent from ``parameters()`` and ``state_dict()`` and untouched by ``train()``, ``apply()`` and
     ``requires_grad_()``, yet it is moved by ``.to()``, ``.cuda()`` and ``.double()`` and survives ``deepcopy``,
     pickling and a parent's ``to_empty()``. Gradients flow through it to its input. Pass one ``Frozen`` to several
-    terms to share one copy. Modules that the network keeps in plain lists, tuples or dicts are frozen and moved too.
+    terms to share one copy, and one pass a step (see :class:`LossSum`). Modules that the network keeps in plain lists,
+    tuples or dicts are frozen and moved too.
 
     Args:
         network: Any ``nn.Module``. ``DataParallel`` and ``DistributedDataParallel`` wrappers are taken off.
@@ -123,6 +124,7 @@ class Frozen(nn.Module):
         self.is_awake: bool | None = None if computes_loss else False  # None: nobody has looked yet
         self.lean = lean
         self.made_lean: dict[str, int] = {}  # in the last run, how many calls of which functions
+        self.kept_apart: set[str] = set()  # layers that nobody can look at while the network goes on
         if computes_loss and _is_detector(network):
             self.wake_(True)
 
@@ -159,7 +161,7 @@ class Frozen(nn.Module):
 
         Args:
             x: Input of the network; a tuple is its positional arguments, a dict its keyword arguments.
-            layers: Paths as ``network.named_modules()`` spells them.
+            layers: Paths as ``network.named_modules()`` spells them; ``""`` is the network's own output.
 
         Shape:
             ``x`` as the network takes it; each output as its layer gives it.

@@ -283,32 +283,43 @@ def gradient_maps(
     weights = total.weights_at(step)
     maps = {}
     with _looking(total, x_hat.device):
-        for name, compute in total.computations(weights, reference=reference, label=label):
-            _, maps[name] = value_and_gradient(compute, x_hat, total.terms[name])
+        for name, _, gradient in values_and_gradients(total, weights, x_hat, reference=reference, label=label):
+            maps[name] = gradient
     kept = {name: weights[name] for name in maps}
     detached = None if reference is None else reference.detach()
     return GradientMaps(maps, kept, x_hat.detach(), detached, label)
 
 
-def value_and_gradient(compute: Any, x_hat: Tensor, term: nn.Module) -> tuple[Tensor, Tensor]:
-    """One term and its gradient at x_hat, on a graph of their own that ends there.
+def values_and_gradients(
+    loss: LossSum, weights: Mapping[str, float], x_hat: Tensor, *, reference: Tensor | None, label: object
+) -> list[tuple[str, Tensor, Tensor]]:
+    """Name, value and gradient at x_hat of each term that counts, on graphs of their own that end there.
 
     A gradient in half precision underflows: a mean over a million pixels leaves less than float16 can hold. So the
-    graph ends at a float32 leaf, which a term gets as it is unless it holds weights in half precision; and where
+    graphs end at a float32 leaf, which a term gets as it is unless it holds weights in half precision; and where
     anything may run in float16, the value is scaled up on its way back.
+
+    Shape:
+        x_hat and reference ``(N, C, *spatial)``; values are scalars, gradients have x_hat's shape.
     """
     leaf = full_precision(x_hat.detach()).requires_grad_()
-    with torch.enable_grad():
-        narrow = leaf.dtype != x_hat.dtype and any(t.dtype in HALF for _, t in registered_tensors_of(term))
-        value = compute(leaf.to(x_hat.dtype) if narrow else leaf)
-        scales = _SCALES if _may_run_in_float16(x_hat) else (1.0,)
-        for scale in scales:
-            (gradient,) = torch.autograd.grad(
-                value, leaf, torch.full_like(value, scale), retain_graph=scale > 1, materialize_grads=True
-            )
-            if scale == 1 or bool(torch.isfinite(gradient).all()):
-                break
-    return value.detach(), gradient if scale == 1 else gradient / scale
+    found = []
+    with torch.enable_grad(), loss.sharing(weights) as step:
+        cast = None if leaf.dtype == x_hat.dtype else leaf.to(x_hat.dtype)
+        for name, compute in loss.computations(weights, reference=reference, label=label):
+            narrow = cast is not None and any(t.dtype in HALF for _, t in registered_tensors_of(loss.terms[name]))
+            value = compute(cast if cast is not None and narrow else leaf)
+            retain = step is not None and step.is_waited_for
+            scales = _SCALES if _may_run_in_float16(x_hat) else (1.0,)
+            for scale in scales:
+                (gradient,) = torch.autograd.grad(
+                    value, leaf, torch.full_like(value, scale), retain_graph=retain or scale > 1, materialize_grads=True
+                )
+                if scale == 1 or bool(torch.isfinite(gradient).all()):
+                    break
+            found.append((name, value.detach(), gradient if scale == 1 else gradient / scale))
+            del value
+    return found
 
 
 def _may_run_in_float16(x_hat: Tensor) -> bool:

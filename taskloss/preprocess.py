@@ -13,6 +13,8 @@ from taskloss.frozen import Frozen, hold
 from taskloss.randomness import RandomState, generators_of, seeded_by
 from taskloss.trees import lent
 
+_READERS = ("torch.nn.modules.loss", "torch.nn.functional", "taskloss.consistency")
+
 
 class Preprocess(nn.Module):
     """A caller's ``preprocess``: it gets copies to write on, and draws once where two images are compared.
@@ -86,12 +88,20 @@ class Draw:
         if self.preprocess is None:
             return lent(image)
         if self.random and self.state is not None:
-            self.state.restore()
+            return self._again(image, self.preprocess, self.state)
         seen = self.preprocess(image)
         if not self._looked and self.state is not None:
             self.random = self.state.has_moved()
         self._looked = True
         return seen
+
+    def _again(self, image: Tensor, preprocess: Preprocess, state: RandomState) -> Any:
+        now = preprocess.random_state(image.device)  # others may have drawn since, and must not draw the same again
+        state.restore()
+        try:
+            return preprocess(image)
+        finally:
+            now.restore()
 
 
 def prepare(
@@ -105,10 +115,10 @@ def prepare(
 
 
 def only_reads(criterion: object) -> bool:
-    """Whether a criterion is one of torch's own, which never write on what they compare."""
+    """Whether a criterion is one of torch's own or ours, which never write on what they compare."""
     if isinstance(criterion, Frozen):
         criterion = type(criterion.network)
-    return getattr(criterion, "__module__", "") in ("torch.nn.modules.loss", "torch.nn.functional")
+    return getattr(criterion, "__module__", "") in _READERS
 
 
 def _has_statistics(module: nn.Module) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from taskloss import sharing
 from taskloss.algebra import Term
 from taskloss.arguments import arguments, images_in, split
 from taskloss.blame import who_blocks
@@ -16,10 +18,12 @@ from taskloss.checks import InputError, check_callable, check_function, check_im
 from taskloss.diagnosis import refusal_of_prediction, told
 from taskloss.frozen import Frozen, freeze, hold
 from taskloss.labels import Labels, select
+from taskloss.looks import Shared, look_of, shared
 from taskloss.precision import full_precision, no_autocast
 from taskloss.preprocess import only_reads, prepare
 from taskloss.ranges import RangeCheck
 from taskloss.reach import ReachCheck
+from taskloss.sharing import Look
 from taskloss.trees import lent
 from taskloss.values import to_scalar, zero_loss
 
@@ -148,6 +152,8 @@ class TaskOrientedLoss(Term):
             raise InputError(self.where, "needs a label, but label is None; call loss(x_hat, label=...)")
         label, more = split(self.where, label, self.inputs)
         labels = Labels(self.where, label, x_hat, self.missing)
+        if labels.kept is not None and not torch.compiler.is_compiling():
+            sharing.leave(self._looks())  # other terms see the whole batch
         x_hat = select(x_hat, labels.kept, labels.n)
         if x_hat.shape[0] == 0:
             return zero_loss(x_hat)
@@ -176,7 +182,7 @@ class TaskOrientedLoss(Term):
         """
         model = self.task_model
         with torch.no_grad():
-            image = self._image(model, x)
+            image = self._checked(model, lent(x) if self.preprocess is None else self.preprocess(x))
             positional, named = arguments(image, inputs)
             if self.task_criterion is not None:
                 prediction = model(*positional, **named)
@@ -191,12 +197,17 @@ class TaskOrientedLoss(Term):
                         self.where, f"T cannot predict without a label: {error}; give its forward a default for it"
                     ) from error
 
+    def _looks(self) -> Iterable[Look | None]:
+        if self.task_criterion is None or self.inputs:  # the label goes through the network too
+            return []
+        models = self._models() if self.turns is None else [self._models()[self.turns.turn]]
+        return [look_of(model, self.preprocess, ("",)) for model in models]
+
     def _models(self) -> list[Frozen]:
         return [model for model in self.task_models if isinstance(model, Frozen)]
 
-    def _image(self, model: Frozen, x_hat: Tensor) -> Any:
-        """x_hat in T's units, checked."""
-        image = lent(x_hat) if self.preprocess is None else self.preprocess(x_hat)
+    def _checked(self, model: Frozen, image: Any) -> Any:
+        """An image in T's units, which T can take."""
         if not torch.compiler.is_compiling():
             tensors = images_in(image)
             for tensor in tensors:
@@ -207,7 +218,11 @@ class TaskOrientedLoss(Term):
 
     def _loss(self, model: Frozen, x_hat: Tensor, labels: Labels, more: Mapping[str, Any]) -> Tensor:
         # What preprocess made for the whole batch (a prompt per sample) is cut to the samples that have a label.
-        image = select(self._image(model, x_hat), labels.kept, labels.n)
+        look = None
+        if labels.kept is None and self.task_criterion is not None and not self.inputs:
+            look = shared(model, self.preprocess, x_hat, ("",))
+        image = look.image if look else lent(x_hat) if self.preprocess is None else self.preprocess(x_hat)
+        image = select(self._checked(model, image), labels.kept, labels.n)
         own: tuple[Any, ...] = ()
         if self.task_criterion is None:
             label = lent(labels.of_the_kept())
@@ -216,7 +231,8 @@ class TaskOrientedLoss(Term):
         if self.task_criterion is None:
             value = self._own_loss(model, (*positional, *own), named, x_hat)
         else:
-            prediction = told(self.where, model.network, image, lambda: model(*positional, **named))
+            run = partial(model, *positional, **named) if look is None else partial(self._shared_output, look)
+            prediction = told(self.where, model.network, image, run)
             prediction = prediction if self.output is None else self.output(prediction)
             value = self._compared(model, image, prediction, labels)
         with no_autocast(x_hat.device):
@@ -227,6 +243,9 @@ class TaskOrientedLoss(Term):
             return culprit or "the output function or the criterion"
 
         return self._reach(self.where, value, x_hat, blame)
+
+    def _shared_output(self, look: Shared) -> Any:
+        return look.outputs(("",), only_reads=self.output is None and only_reads(self.task_criterion))[""]
 
     def _own_loss(self, model: Frozen, positional: tuple[Any, ...], named: dict[str, Any], x_hat: Tensor) -> Any:
         image = positional[0] if positional else named

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.harness import Case, Options, agree
 
-QUICK = ("step", "checkpointing", "balancing", "maps", "critic", "limit")
+QUICK = ("step", "checkpointing", "sharing", "balancing", "maps", "critic", "limit")
 SLOW = ("consistency", "scaling", "start")  # they import every peer, or start other processes
 LIBRARY = (*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW))
 

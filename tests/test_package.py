@@ -16,10 +16,11 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"checks", "trees", "distributed", "folding", "lean_layers", "page", "randomness", "signals", "_version"},
     {"finite", "precision", "holdings", "lean", "arguments", "calls", "labels", "memory", "ranges", "reach", "weights"},
-    {"features", "diagnosis", "values"},
+    {"features", "diagnosis", "sharing", "values"},
     {"frozen", "algebra", "watching"},
     {"blame", "samples"},
     {"audit", "preprocess", "transfer"},
+    {"looks"},
     {"task", "consistency", "fidelity", "constraints"},
     {"critic", "gradients"},
     {"adversarial", "balancing", "figures"},
