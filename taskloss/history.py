@@ -84,7 +84,7 @@ class History:
         return [_flat(step, row) for step, row in zip(self._steps, self._rows, strict=True)]
 
     def plot(self, *, smooth: int = 1) -> Figure:
-        """Draw what was recorded: a panel each for terms, weights, norms and cosines, as far as there are any.
+        """Draw what was recorded: terms, weights, norms and cosines, as far as there are any, two panels in a row.
 
         Args:
             smooth: Steps of a running mean, drawn over the pale raw curve.
@@ -102,9 +102,11 @@ class History:
         if smooth < 1:
             raise InputError("history", f"smooth must be at least 1, got {smooth!r}")
         kinds = [kind for kind in PANELS if any(row.get(kind) for row in self._rows)]
-        figure = Figure(figsize=(4.6 * len(kinds), 3.4), layout="constrained", dpi=130)
-        for panel, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
-            self._draw(panel, kind, smooth)
+        columns = min(len(kinds), 2)
+        rows = -(-len(kinds) // columns)
+        figure = Figure(figsize=(4.6 * columns, 3.4 * rows), layout="constrained", dpi=130)
+        for place, kind in enumerate(kinds, 1):
+            self._draw(figure.add_subplot(rows, columns, place), kind, smooth)
         return figure
 
     def state_dict(self) -> dict[str, Any]:
@@ -139,7 +141,7 @@ class History:
             panel.set_yscale("log")
         panel.set_title(PANELS[kind], fontsize=10)
         panel.set_xlabel("step", fontsize=9)
-        panel.tick_params(labelsize=8)
+        panel.tick_params(which="both", labelsize=8)
         panel.legend(fontsize=8, frameon=False)
 
 

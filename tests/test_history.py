@@ -48,6 +48,8 @@ def test_the_picture_shows_every_curve_over_its_steps() -> None:
     history, values, maps, _ = trained()
     panels = {panel.get_title(): panel for panel in history.plot().axes}
     assert list(panels)[:2] == ["terms, unweighted", "weights"] and len(panels) == 4
+    rows = [panel.get_subplotspec().rowspan.start for panel in panels.values()]
+    assert rows == [0, 0, 1, 1]  # two in a row, so that they can be read on a page
     curves = {line.get_label(): line for line in panels["terms, unweighted"].lines}
     assert list(curves) == ["weight/task_oriented_loss", "weight/fidelity", "mse", "total"]
     assert list(curves["mse"].get_xdata()) == [0, 10, 20, 30]

@@ -63,7 +63,7 @@ def train(balanced: bool) -> History:
 # %%
 # Fixed weights
 # -------------
-# The third panel is the one to look at: before the weights, the task's gradient is many times longer than that of MSE.
+# Look at the norms: before the weights, the task's gradient is many times longer than that of MSE.
 
 fixed = train(balanced=False)
 before = fixed.plot(smooth=10)
