@@ -121,6 +121,18 @@ def links_into_the_repository(text: str, page: str) -> str:
     )
 
 
+def is_left_out(_app: Any, _what: str, _name: str, thing: Any, skip: bool, _options: Any) -> bool | None:
+    """Fields of a named tuple: the class tells them, Python's own words for them say nothing."""
+    return True if type(thing).__name__ == "_tuplegetter" else None
+
+
+def without_private(
+    _app: Any, _what: str, _name: str, _thing: Any, _options: Any, signature: str | None, returns: str | None
+) -> tuple[str, str | None] | None:
+    """A signature without the fields of a dataclass that are nobody's to give."""
+    return (re.sub(r", _\w+: .*? = <factory>", "", signature), returns) if signature else None
+
+
 def setup(app: Any) -> None:
     """Hook the above into Sphinx."""
 
@@ -136,5 +148,7 @@ def setup(app: Any) -> None:
     if not page.exists() or page.read_text() != api_page():
         page.write_text(api_page())
     app.add_html_math_renderer("mathml", inline_renderers=(formula, None), block_renderers=(formula, None))
+    app.connect("autodoc-skip-member", is_left_out)
+    app.connect("autodoc-process-signature", without_private)
     app.connect("source-read", on_source)
     app.connect("include-read", on_include)
