@@ -24,9 +24,9 @@ SUBJECTS = {
 
 # Types that belong to other libraries: their pages are elsewhere, and the build needs no network.
 OTHERS = [
-    ("py:.*", r"(torch|nn|np|numpy|matplotlib|os|pathlib|collections|typing)\..*"),
+    ("py:.*", r"(torch|nn|np|numpy|matplotlib|os|pathlib|collections|contextlib|typing)\..*"),
     ("py:.*", r"(Tensor|Module|Figure|Path|Any|Callable|Mapping|Sequence|Iterator|Iterable|Literal|optional)"),
-    ("py:.*", r"taskloss\.constraints\.Constraint"),  # the common base of the two, no public name
+    ("py:.*", r"taskloss\.(constraints\.Constraint|sharing\.Step)"),  # no public names, but in signatures
     ("py:.*", r"(int|float|str|bool|bytes|object|tuple|list|dict|None|ValueError|TypeError|FloatingPointError|array)"),
 ]
 
@@ -90,8 +90,10 @@ def formula(writer: Any, node: Any) -> None:
     from docutils import nodes
     from latex2mathml.converter import convert
 
-    block = isinstance(node, nodes.math_block)
-    writer.body.append(convert(node.astext(), display="block" if block else "inline"))
+    if isinstance(node, nodes.math_block):
+        writer.body.append(f'<div class="formula">{convert(node.astext(), display="block")}</div>')
+    else:
+        writer.body.append(convert(node.astext()))
     raise nodes.SkipNode
 
 

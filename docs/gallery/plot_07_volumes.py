@@ -17,7 +17,7 @@ from torch import nn
 
 from taskloss import Fidelity, LossSum, TaskOrientedLoss, gradient_maps, plot_gradient_maps
 
-axes = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in (16, 48, 48)), indexing="ij")
+axes = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in (16, 40, 40)), indexing="ij")
 
 
 def phantom():
@@ -33,7 +33,7 @@ def phantom():
 network = BasicUNet(spatial_dims=3, in_channels=1, out_channels=2, features=(8, 8, 8, 16, 16, 8))
 criterion = DiceCELoss(to_onehot_y=True, softmax=True)
 adam = torch.optim.Adam(network.parameters(), lr=5e-3)
-for _ in range(60):
+for _ in range(50):
     image, label = phantom()
     adam.zero_grad()
     criterion(network(image + 0.05 * torch.randn(image.shape)), label).backward()
