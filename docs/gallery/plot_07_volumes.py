@@ -33,10 +33,10 @@ def phantom():
 network = BasicUNet(spatial_dims=3, in_channels=1, out_channels=2, features=(8, 8, 8, 16, 16, 8))
 criterion = DiceCELoss(to_onehot_y=True, softmax=True)
 adam = torch.optim.Adam(network.parameters(), lr=5e-3)
-for _ in range(50):
+for _ in range(60):
     image, label = phantom()
     adam.zero_grad()
-    criterion(network(image + 0.05 * torch.randn(image.shape)), label).backward()
+    criterion(network(image + 0.1 * torch.randn(image.shape)), label).backward()
     adam.step()
 
 # %%

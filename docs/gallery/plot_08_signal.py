@@ -95,8 +95,8 @@ def trained(shares):
     )  # fmt: skip
     balancer = GradientBalancer(LossSum(**{name: loss.terms[name] for name in shares}), shares=shares)
     adam = torch.optim.Adam(denoiser.parameters(), lr=2e-3)
-    for _ in range(80):
-        sound = tones(4)
+    for _ in range(60):
+        sound = tones(8)
         adam.zero_grad()
         balancer.backward(denoiser(sound + NOISE * torch.randn(sound.shape)), reference=sound)
         adam.step()
