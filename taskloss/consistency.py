@@ -40,8 +40,8 @@ class TaskConsistencyLoss(Term):
         layers: Layers by their ``named_modules()`` path, or a mapping from path to weight; None compares the
             output. The network stops after the last layer it needs.
         preprocess: Differentiable map from the restorer's units to the network's, applied to both images; where it
-            is random, both see the same draw (not under ``torch.compile``, which draws for each). A module augments
-            as it came while the loss is in training mode.
+            is random, both see the same draw (``torch.compile`` breaks its graph there). A module augments as it
+            came while the loss is in training mode.
             A tuple that it returns is the network's positional arguments, a dict its keyword arguments.
         output: Picks the tensor out of what the network (or a layer) returns.
         copy: Keep a deep copy of the network (default); False freezes the caller's own in place.

@@ -33,8 +33,8 @@ class Fidelity(Term):
     Args:
         criterion: ``criterion(x_hat, reference)``, a scalar or one value per sample.
         preprocess: Differentiable map applied to both images first (channels, range); where it is random, both see
-            the same draw (not under ``torch.compile``, which draws for each). A module augments as it came while the
-            loss is in training mode.
+            the same draw (``torch.compile`` breaks its graph there). A module augments as it came while the loss is in
+            training mode.
         expects: Range of the criterion's input; checked after ``preprocess``, until a reference has shown it. Left
             out, it is (-1, 1) for LPIPS and unchecked for the rest; None never checks.
         generator: Seeds a random ``preprocess`` at each call, so that it can be repeated.

@@ -48,6 +48,8 @@ class Preprocess(nn.Module):
 
     def forward(self, image: Tensor) -> Any:
         """One image, in the network's units."""
+        if self.generator is None:  # nothing for a compiler to trip over
+            return self.function(lent(image))  # type: ignore[misc]
         with seeded_by(self.generator, image.device):
             return self.function(lent(image))  # type: ignore[misc]
 
@@ -67,9 +69,25 @@ class Preprocess(nn.Module):
         own = () if self.generator is None else (self.generator,)
         return RandomState(device, (*self._generators, *own))
 
+    def draws(self, image: Tensor) -> bool:
+        """Whether a call draws anything, tried with an image; the random states stay as they were."""
+        state = self.random_state(image.device)
+        try:
+            with torch.no_grad():
+                self(image)
+            return state.has_moved()
+        finally:
+            state.restore()
+
+    # What torch.compiler.assume_constant_result sets, without its import of dynamo: `draws` is tried while compiling.
+    draws._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
 
 class Draw:
     """One look through a preprocess (or through none) at several images: each sees the same random draw.
+
+    Under ``torch.compile`` a preprocess that draws runs eagerly, with a graph break before and after it; one that
+    draws nothing is compiled with the rest.
 
     Attributes:
         random: Whether the first image drew anything.
@@ -77,23 +95,28 @@ class Draw:
 
     def __init__(self, preprocess: Preprocess | None, device: torch.device) -> None:
         self.preprocess = preprocess
-        self.state = None
-        if preprocess is not None and not torch.compiler.is_compiling():
-            self.state = preprocess.random_state(device)
+        self.device = device
+        self.state: RandomState | None = None
         self.random = False
-        self._looked = False
 
     def __call__(self, image: Tensor) -> Any:
         """The image in the network's units; a copy of it, if there is no preprocess."""
         if self.preprocess is None:
             return lent(image)
-        if self.random and self.state is not None:
-            return self._again(image, self.preprocess, self.state)
-        seen = self.preprocess(image)
-        if not self._looked and self.state is not None:
+        if not torch.compiler.is_compiling():
+            return self._look(image)
+        return _look_eagerly(self, image) if self.preprocess.draws(image) else self.preprocess(image)
+
+    def _look(self, image: Tensor) -> Any:
+        assert self.preprocess is not None
+        if self.state is None:
+            self.state = self.preprocess.random_state(self.device)
+            seen = self.preprocess(image)
             self.random = self.state.has_moved()
-        self._looked = True
-        return seen
+            return seen
+        if self.random:
+            return self._again(image, self.preprocess, self.state)
+        return self.preprocess(image)
 
     def _again(self, image: Tensor, preprocess: Preprocess, state: RandomState) -> Any:
         now = preprocess.random_state(image.device)  # others may have drawn since, and must not draw the same again
@@ -102,6 +125,10 @@ class Draw:
             return preprocess(image)
         finally:
             now.restore()
+
+
+# torch.compiler.disable, without its import of dynamo.
+_look_eagerly = torch._disable_dynamo(Draw._look)  # type: ignore[attr-defined]
 
 
 def prepare(

@@ -65,11 +65,8 @@ def kept(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def seeded_by(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
+def seeded_by(generator: torch.Generator, device: torch.device) -> Iterator[None]:
     """Draw everything from a seed that the generator gives, and leave the global states as they were."""
-    if generator is None:
-        yield
-        return
     seed = int(torch.randint(2**32, (), generator=generator, device=generator.device))
     with kept(device):
         torch.manual_seed(seed)

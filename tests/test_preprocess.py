@@ -190,6 +190,46 @@ def test_both_images_of_a_comparison_see_the_same_draw(draw, kind) -> None:
     assert len({round(term(x, other).item(), 6) for _ in range(16)}) > 1, "it draws only once for good"
 
 
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x + torch.rand_like(x) if self.training else x
+
+
+COMPILED_DRAWS = {
+    "torch": lambda x: x * torch.rand_like(x),
+    "python": lambda x: x * random.random(),
+    "torch of its own": lambda x: x * torch.rand(x.shape, generator=OWN["torch"]),
+    "numpy of its own": lambda x: x * float(OWN["numpy"].random()),
+    "module": Noisy(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's, at a graph break
+@pytest.mark.parametrize("preprocess", COMPILED_DRAWS.values(), ids=COMPILED_DRAWS)
+@pytest.mark.parametrize("kind", ["fidelity", "consistency"])
+def test_both_images_see_the_same_draw_when_compiled(preprocess, kind) -> None:
+    term = Fidelity(squared_, preprocess=preprocess)
+    if kind == "consistency":
+        term = TaskConsistencyLoss(segmenter(), nn.MSELoss(), preprocess=preprocess)
+    torch.compiler.reset()
+    compiled_term = torch.compile(term, backend="eager")
+    x, other = image(), image()
+    leaf = x.clone().requires_grad_()
+    compiled_term(leaf, other).backward()
+    assert leaf.grad.any()
+    assert [compiled_term(x, x.clone()).item() for _ in range(3)] == [0.0] * 3
+    values = [compiled_term(x, other).item() for _ in range(4)]
+    assert len(set(values)) == (1 if kind == "fidelity" and preprocess is COMPILED_DRAWS["module"] else 4)
+
+
+def test_a_preprocess_that_draws_nothing_is_compiled_with_the_rest() -> None:
+    term = TaskConsistencyLoss(segmenter(), nn.MSELoss(), preprocess=lambda x: x * 2 - 1)
+    x, reference = image(), image()
+    state = torch.get_rng_state()
+    torch.testing.assert_close(compiled(term)(x, reference), term(x, reference))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 class OwnDraw:
     """A transform with a generator of its own, as MONAI's."""
 
