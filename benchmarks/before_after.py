@@ -54,9 +54,11 @@ def caption(rows: Sequence[Row]) -> str:
     alike = (row for row in rows if (row.world, row.degradation, row.stage) == (one.world, one.degradation, one.stage))
     psnr = [row for row in alike if row.metric == "psnr_db"]
     decibels = (mean_of(row for row in psnr if row.setting == setting) for setting in (one.baseline, one.setting))
+    guides = sum(guided for _, guided in table)
+    lookers = {1: "one classifier", 2: "two classifiers"}.get(guides, f"{guides} classifiers")
     return (
         f"*Before and after: {title(one.world)} at {title(one.degradation)}, restored by one network with MSE alone "
-        f"and with a task loss through one classifier. Classifiers that the loss never saw name {before:.1f} % and "
+        f"and with a task loss through {lookers}. Classifiers that the loss never saw name {before:.1f} % and "
         f"{after:.1f} % of the images; PSNR is {' and '.join(f'{value:.2f}' for value in decibels)} dB. "
         f"Light marks: {one.unseen.n} trainings.*"
     )

@@ -61,7 +61,7 @@ class Comparison:
         image: Change of each image metric.
         clean: Change of the unseen networks on input that was not degraded.
         to_clean: The unseen networks' gain as a share of their distance from the baseline to clean images.
-        to_oracle: The guide's gain as a share of its distance from the baseline to the oracle.
+        to_oracle: The gain of the guides that have an oracle, as a share of their distance from the baseline to it.
         holm: The p-value of ``unseen``, corrected over the confirming comparisons of its world; on CT, where the
             protocol has guide and judges in one family, over both.
         holm_guide: The same of ``guide``, where it is in the family.
@@ -187,7 +187,10 @@ def _compare(group: Sequence[Row], references: Sequence[Row], setting: str, base
         for name, prefix in (("guide", ""), ("unseen", ""), ("unseen", "clean_"))
     )
     before, clean_level = (_level(rows, name, judges) for rows, name in ((group, baseline), (references, "clean")))
-    guided, oracle = (_level(rows, name, guides) for rows, name in ((group, baseline), (references, "oracle")))
+    known = guides & {row.network for row in references if row.setting == "oracle"}
+    guided, ours, oracle = (
+        _level(rows, name, known) for rows, name in ((group, baseline), (group, setting), (references, "oracle"))
+    )
     gain = estimate(unseen)
     return Comparison(
         *group[0][:2],
@@ -200,7 +203,7 @@ def _compare(group: Sequence[Row], references: Sequence[Row], setting: str, base
         {m: estimate(paired["image", m]) for m in IMAGE_METRICS if paired.get(("image", m))},
         estimate(clean),
         gain.mean / (clean_level - before) if clean_level > before else math.nan,
-        estimate(guide).mean / (oracle - guided) if oracle > guided else math.nan,
+        (ours - guided) / (oracle - guided) if oracle > guided else math.nan,
     )
 
 

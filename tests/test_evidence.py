@@ -61,6 +61,9 @@ def test_shares_of_the_room() -> None:
     (one,) = effects.comparisons(rows(GAINS) + references)
     assert one.to_clean == pytest.approx(7 / 20)  # the judges stand at 52 with MSE
     assert one.to_oracle == pytest.approx(11 / 22)
+    second = [row._replace(network="h") for row in rows({"g": [1.0] * 5})]  # a guide that has no oracle
+    (both,) = effects.comparisons(rows(GAINS) + second + references)
+    assert both.guide.mean == pytest.approx((11 + 1) / 2) and both.to_oracle == pytest.approx(11 / 22)
 
 
 def test_fieller_covers_what_it_should() -> None:
