@@ -41,19 +41,26 @@ def mean_over_voxels(volume: np.ndarray, voxel_mm: Sequence[float], target_mm: S
 
 
 def coarser_copy(
-    data: Path, folder: Path, voxel_mm: tuple[float, float, float] | None, patients: Mapping[str, Sequence[str]]
+    data: Path,
+    folder: Path,
+    voxel_mm: tuple[float, float, float] | None,
+    patients: Mapping[str, Sequence[str]],
+    left_out: Sequence[str] = (),
 ) -> Path:
     """Write a folder of scans in LiTS's layout with `patients.csv`: every scan cropped to the body and averaged onto
-    `voxel_mm` (a label is what fills most of a voxel), or links to the files as they are for None.
+    `voxel_mm` (a label is what fills most of a voxel), or links to the files as they are for None. Cases that are
+    `left_out` are not copied.
 
     Raises:
-        ValueError: a case belongs to no patient, or a patient's case is not there.
+        ValueError: a case belongs to no patient and is not left out, or a patient's case is not there.
     """
-    cases = {case.name: case for case in find_cases(data)}
+    cases = {case.name: case for case in find_cases(data) if case.name not in left_out}
     owners = {case: patient for patient, own in patients.items() for case in own}
     if set(cases) != set(owners):
         apart = ", ".join(sorted(set(cases) ^ set(owners)))
-        raise ValueError(f"{data}: expected every case under one patient, got {apart} in one list alone")
+        raise ValueError(
+            f"{data}: expected every case under one patient, got {apart} in one list alone; left_out: [...] takes cases out"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for name, case in cases.items():
         if case.label is None:

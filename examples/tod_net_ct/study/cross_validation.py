@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Experiment:
         oracles: the task networks that are also trained on low dose.
         voxel_mm: onto which the scans are averaged; None leaves them as they are.
         settings: of every run.
+        left_out: cases of the data that nobody is tested or trained on.
     """
 
     task: str
@@ -61,6 +62,7 @@ class Experiment:
     oracles: list[str]
     voxel_mm: tuple[float, float, float] | None
     settings: Settings
+    left_out: list[str] = field(default_factory=list)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,7 +119,7 @@ def read_experiment(path: Path) -> Experiment:
 
 def cross_validate(experiment: Experiment, data: Path, output: Path, results: Path) -> Iterator[Path]:
     """Measure what is missing, in the experiment's order; every file that was written is yielded."""
-    scans = coarser_copy(data, output / "scans", experiment.voxel_mm, experiment.patients)
+    scans = coarser_copy(data, output / "scans", experiment.voxel_mm, experiment.patients, experiment.left_out)
     for seed in experiment.seeds:
         for dose in experiment.doses:
             for fold in experiment.folds:

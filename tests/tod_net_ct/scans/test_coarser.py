@@ -77,3 +77,8 @@ def test_what_is_there_is_not_made_again(scans, tmp_path):
 def test_a_case_of_no_patient_is_refused(scans, tmp_path):
     with pytest.raises(ValueError, match="expected every case under one patient, got volume-4 in one list alone"):
         coarser_copy(scans, tmp_path / "coarse", (4.0, 4.0, 4.0), {"one": ["volume-3"]})
+
+
+def test_a_case_that_is_left_out_is_not_copied(scans, tmp_path):
+    folder = coarser_copy(scans, tmp_path / "coarse", (4.0, 4.0, 4.0), {"one": ["volume-3"]}, ["volume-4"])
+    assert [case.name for case in find_cases(folder)] == ["volume-3"]
