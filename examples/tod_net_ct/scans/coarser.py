@@ -59,7 +59,7 @@ def coarser_copy(
     if set(cases) != set(owners):
         apart = ", ".join(sorted(set(cases) ^ set(owners)))
         raise ValueError(
-            f"{data}: expected every case under one patient, got {apart} in one list alone; left_out: [...] takes cases out"
+            f"{data}: expected every case under one patient, got {apart} in one list alone; or name them in left_out"
         )
     folder.mkdir(parents=True, exist_ok=True)
     for name, case in cases.items():
