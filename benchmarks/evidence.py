@@ -30,6 +30,7 @@ TITLES = {
     "heavy": "heavy dose",
     "paper": "the paper's dose",
     "tod_net": "TOD-Net",
+    "tod_net@guides=unet+res_unet": "TOD-Net, two guides",
     "mse_wgan": "MSE-WGAN",
     "label_free": "TOD-Net, label-free",
     "mse": "MSE",
@@ -63,6 +64,8 @@ DECIMALS = {"psnr_db": 2, "ssim": 4, "roi_rmse_hu": 2}
 
 def title(name: str) -> str:
     """A name as people write it; the changes of a denoiser (``tod_net@share_task=8``) stand in brackets."""
+    if name in TITLES:
+        return TITLES[name]
     name, _, changes = name.partition("@")
     written = TITLES.get(name, name.replace("_", " "))
     return f"{written} ({changes.replace(';', ', ')})" if changes else written
