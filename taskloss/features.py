@@ -34,14 +34,14 @@ def capture(network: nn.Module, x: Any, layers: Sequence[str]) -> tuple[Any, ...
                 output = map_tensors(output, _own)
                 found[name] = output, _versions(output)
             if len(found) == len(layers):
-                raise _AllReached
+                raise AllReached
 
         return hook
 
     with _registering():
         handles = [network.get_submodule(name).register_forward_hook(keep(name)) for name in layers]
     try:
-        with contextlib.suppress(_AllReached):
+        with contextlib.suppress(AllReached):
             positional, named = arguments(x)
             network(*positional, **named)
     finally:
@@ -73,7 +73,7 @@ def check_layers(where: str, network: nn.Module, layers: Sequence[str]) -> None:
             )
 
 
-class _AllReached(Exception):  # noqa: N818 - a signal, not an error
+class AllReached(Exception):  # noqa: N818 - a signal, not an error
     """Ends a forward pass that has nothing left to give."""
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from taskloss import lean as _lean
-from taskloss.arguments import label_name
+from taskloss import pieces as _pieces
+from taskloss.arguments import arguments, label_name
 from taskloss.checks import InputError
 from taskloss.features import capture
 from taskloss.folding import fold_
@@ -31,7 +32,7 @@ from taskloss.holdings import (
     snapshot,
     tensor_slots,
 )
-from taskloss.trees import tensors_in
+from taskloss.trees import lent, tensors_in
 
 
 class Frozen(nn.Module):
@@ -48,7 +49,9 @@ class Frozen(nn.Module):
         network: Any ``nn.Module``. ``DataParallel`` and ``DistributedDataParallel`` wrappers are taken off.
         copy: Keep a deep copy (default). With ``False`` the caller's own network is frozen in place, which saves
             its memory; every call then checks that nobody has switched it back.
-        checkpoint: Recompute activations in the backward pass instead of storing them.
+        checkpoint: Recompute activations in the backward pass instead of storing them: module by module where that
+            lowers the peak, which one more forward pass finds out at the first call, and else the whole at once (as
+            with ``copy=False`` and under ``torch.compile``).
         computes_loss: The network computes its own loss. It stays in eval mode where it does so there (all of
             Hugging Face transformers). :meth:`wake_` is for those that do it in training mode only (torchvision's
             detectors): modules that only hold others are put in training mode, while layers (normalisation, dropout,
@@ -100,6 +103,7 @@ class Frozen(nn.Module):
             raise InputError("frozen", "fold=True changes weights, which copy=False shares; drop one of the two")
         if copy:
             network = copy_of(network)
+            _pieces.cut_(network, [])
         modules = modules_of(network)
         for _, module in modules:
             release_graphs(module)
@@ -124,6 +128,7 @@ class Frozen(nn.Module):
         self.is_awake: bool | None = None if computes_loss else False  # None: nobody has looked yet
         self.lean = lean
         self.made_lean: dict[str, int] = {}  # in the last run, how many calls of which functions
+        self.n_pieces: int | None = None  # that checkpointing computes again; 0: the whole; None: nobody has looked yet
         self.kept_apart: set[str] = set()  # layers that nobody can look at while the network goes on
         if computes_loss and _is_detector(network):
             self.wake_(True)
@@ -217,7 +222,8 @@ class Frozen(nn.Module):
         """The kind and size of what is inside."""
         count = sum(p.numel() for p in self.network.parameters())
         made = f" ({', '.join(f'{n} {name}' for name, n in self.made_lean.items())})" if self.made_lean else ""
-        words = f"{type(self.network).__name__}, {count:,} parameters, checkpoint={self.checkpoint}"
+        pieces = f" ({self.n_pieces} pieces)" if self.n_pieces else ""
+        words = f"{type(self.network).__name__}, {count:,} parameters, checkpoint={self.checkpoint}{pieces}"
         folded = "" if self.n_folded is None else f", fold=True ({self.n_folded} batch norms)"
         return f"{words}, lean={self.lean}{made}{folded}"
 
@@ -225,10 +231,38 @@ class Frozen(nn.Module):
         if self.lean and _lean.is_possible():
             function = partial(self._run_lean, function)
         if self.checkpoint and torch.is_grad_enabled():
-            from torch.utils.checkpoint import checkpoint  # it brings sympy along
-
-            return checkpoint(partial(self._once, function, **named), *inputs, use_reentrant=False)
+            return self._checkpointed(function, *inputs, **named)
         return self._once(function, *inputs, **named)
+
+    def _checkpointed(self, function: Callable[..., Any], /, *inputs: Any, **named: Any) -> Any:
+        images = [t for t in tensors_in([inputs, named]) if t.requires_grad]
+        if images and not self._shared and _lean.is_possible():
+            first = self.n_pieces is None
+            if first:
+                self._cut(inputs, named, images[0].device)
+            if self.n_pieces:
+                given, given_named = lent((inputs, named)) if first else (inputs, named)
+                with _pieces.in_pieces(self.lean) as run:
+                    outputs = self._once(function, *given, **given_named)
+                spoilt = run.overwritten()
+                if not (first and spoilt):
+                    return outputs
+                del outputs
+                _pieces.cut_(self.network, [])  # what would be computed again is no longer what it was
+                self.n_pieces = 0
+        from torch.utils.checkpoint import checkpoint  # it brings sympy along
+
+        return checkpoint(partial(self._once, function, **named), *inputs, use_reentrant=False)
+
+    def _cut(self, inputs: tuple[Any, ...], named: dict[str, Any], device: torch.device) -> None:
+        """Find the pieces that checkpointing computes again one by one."""
+        positional, more = lent(arguments(inputs[0], named) if len(inputs) == 1 else (inputs, named))
+        network = partial(self._run_lean, self.network) if self.lean else self.network
+        modules = _pieces.find(self.network, partial(self._once, network, *positional, **more), device)
+        if self._keepers.get(True):  # what it keeps would be kept again by each piece, after the run
+            modules = []
+        _pieces.cut_(self.network, modules)
+        self.n_pieces = len(modules)
 
     def _run_lean(self, function: Callable[..., Any], /, *inputs: Any, **named: Any) -> Any:
         with _lean.Lean() as mode:

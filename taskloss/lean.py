@@ -6,9 +6,11 @@ difference whether a layer is a module or a call, has hooks or parametrisations,
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from taskloss import lean_layers as layers
 
 aten = torch.ops.aten
 Rule = Callable[..., Any]
+_local = threading.local()
 
 
 class Lean(TorchFunctionMode):
@@ -35,6 +38,15 @@ class Lean(TorchFunctionMode):
         self.made: Counter[str] = Counter()
         self.normalised: tuple[Tensor, tuple[Any, ...]] | None = None
 
+    def __enter__(self) -> Lean:
+        self._before, _local.mode = getattr(_local, "mode", None), self
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _local.mode = self._before
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         rule = RULES.get(func)
         if rule is not None and _plain(args) and not torch.compiler.is_compiling():
@@ -46,6 +58,21 @@ class Lean(TorchFunctionMode):
                 return found
         self.normalised = None
         return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def in_a_piece(is_lean: bool) -> Iterator[None]:
+    """Lean, if it is not already, without what was known of the function before or after: a piece runs alone again."""
+    mode = getattr(_local, "mode", None)
+    if mode is None and is_lean and is_possible():
+        with Lean():
+            yield
+        return
+    if mode is not None:
+        mode.normalised = None
+    yield
+    if mode is not None:
+        mode.normalised = None
 
 
 def is_possible() -> bool:

@@ -17,6 +17,7 @@ LAYERS = [
     {"checks", "trees", "distributed", "folding", "lean_layers", "page", "randomness", "signals", "_version"},
     {"finite", "precision", "holdings", "lean", "arguments", "calls", "labels", "memory", "ranges", "reach", "weights"},
     {"features", "diagnosis", "sharing", "values"},
+    {"pieces"},
     {"frozen", "algebra", "watching"},
     {"blame", "samples"},
     {"audit", "preprocess", "transfer"},

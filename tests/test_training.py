@@ -340,7 +340,7 @@ def test_checkpointing_a_3d_unet_keeps_fewer_bytes_and_the_same_gradient(kind: s
         gradients.append(x.grad)
         kept.append(n_bytes)
     assert torch.equal(*gradients)
-    share = 1 / 2 if layers else 1 / 3  # the distance keeps the named layers themselves
+    share = 1 / 2 if layers else 2 / 5  # what the pieces take in; the distance keeps the named layers themselves
     assert kept[1] < share * kept[0], f"{kept[1]:,} against {kept[0]:,} bytes"
 
 
