@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,6 +187,8 @@ def dice_figure(rows: Sequence[Row], networks: Sequence[str], denoisers: Sequenc
     for panel in list(grid.flat)[len(networks) :]:
         panel.set_axis_off()
     jitter = np.random.default_rng(0)
+    named = "orientation" in inspect.signature(grid[0, 0].boxplot).parameters  # from matplotlib 3.10 on
+    lying: dict[str, Any] = {"orientation": "horizontal"} if named else {"vert": False}
     for panel, network in zip(grid.flat, networks, strict=False):
         for place, (dose, denoiser) in enumerate(kinds):
             values = np.asarray(values_of(rows, dose, denoiser, f"{network}_dice"))
@@ -193,7 +196,7 @@ def dice_figure(rows: Sequence[Row], networks: Sequence[str], denoisers: Sequenc
             colour = COLOURS[place % len(COLOURS)]
             if len(values):
                 panel.boxplot(
-                    values, positions=[place], orientation="horizontal", widths=0.62, showfliers=False,
+                    values, positions=[place], **lying, widths=0.62, showfliers=False,
                     patch_artist=True, boxprops={"facecolor": colour, "alpha": 0.25, "edgecolor": colour},
                     medianprops={"color": colour, "linewidth": 2}, whiskerprops={"color": colour},
                     capprops={"color": colour},

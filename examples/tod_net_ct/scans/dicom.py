@@ -7,6 +7,7 @@ pydicom and nibabel are imported on first use.
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,15 +238,27 @@ def _syntax(dataset: Any) -> Any:
 
 
 def _check_bits(file: Path, dataset: Any) -> None:
-    bits, high, sign = (dataset.get(k) for k in ("BitsStored", "HighBit", "PixelRepresentation"))
+    bits, high, sign = (_value(dataset, k) for k in ("BitsStored", "HighBit", "PixelRepresentation"))
     whole = all(isinstance(value, int) for value in (bits, high, sign))
     shifted = whole and high != bits - 1
     encapsulated = dataset.file_meta.TransferSyntaxUID.is_encapsulated
     if not whole or not 1 <= bits <= high + 1 <= 16 or sign not in (0, 1) or (shifted and encapsulated):
         raise ValueError(
-            f"{file.name}: expected up to 16 bits stored below HighBit, got BitsStored {bits}, HighBit {high}, "
-            f"PixelRepresentation {sign}; export the series again, uncompressed"
+            f"{file.name}: expected up to 16 bits stored below HighBit, got BitsStored {_brief(bits)}, "
+            f"HighBit {_brief(high)}, PixelRepresentation {_brief(sign)}; export the series again, uncompressed"
         )
+
+
+def _value(dataset: Any, name: str) -> Any:
+    """A tag's value; where a damaged tag is of a kind that nobody knows, the reason why it has none."""
+    try:
+        return dataset.get(name)
+    except NotImplementedError as error:
+        return str(error)
+
+
+def _brief(value: Any) -> str:
+    return textwrap.shorten(str(value), 60, placeholder=" ...")
 
 
 def _stored(dataset: Any) -> np.ndarray:

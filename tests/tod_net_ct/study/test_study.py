@@ -99,8 +99,16 @@ def test_the_committed_numbers_are_those_of_the_committed_measurements(tmp_path)
     for name in ("study.json", "study.md"):
         (copy / name).unlink()
     summary.summarise(copy)
-    for name in ("study.json", "study.md"):
-        assert (copy / name).read_text() == (RESULTS / name).read_text(), f"{name} is stale: study --summary-only"
+    assert (copy / "study.md").read_text() == (RESULTS / "study.md").read_text(), "study.md: study --summary-only"
+
+    def rounded(digits: str) -> str:
+        return f"{float(digits):.9g}"  # the last digits of a sum are the NumPy release's own
+
+    ours, theirs = (
+        json.loads((folder / "study.json").read_text(), parse_float=rounded, parse_int=rounded)
+        for folder in (copy, RESULTS)
+    )
+    assert ours == theirs, "study.json is stale: study --summary-only"
     found = json.loads((copy / "study.json").read_text())
     for path in summary.READMES:
         text = path.read_text()
