@@ -9,21 +9,47 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import Case, Live, Options, Target, agree, compare
+from benchmarks.lean import memory, networks, passes
 from benchmarks.step import Scene, scene
 from examples.tod_net_ct.networks import unet
-from taskloss import Fidelity, LossSum, TaskOrientedLoss
+from taskloss import Fidelity, Frozen, LossSum, TaskOrientedLoss
 
 HELD, PEAK = "bytes held between forward and backward", "bytes at the peak"
 SIZE, QUICK_SIZE = (32, 96, 96), (8, 16, 16)
 TASK_WIDTH = 16
 SIDES: dict[str, dict[str, Any]] = {"checkpointed": {"checkpoint": True}, "lean": {}, "stored": {"lean": False}}
+NOT_LEAN: dict[str, Any] = {"checkpoint": True, "lean": False}
+PIECEWISE = ("3-D U-Net, batch norm", "ResNet-18", "MONAI SegResNet", "ViT-Ti/16")
 TIME = {"checkpointed": 1.4, "lean": 1.0}
 OURS = [name for name in SIDES if name != "stored"]
 
 
 def run(options: Options) -> list[Case]:
-    """Two cases: T alone, and the generator's step that users pay for."""
-    return [alone(options), in_a_step(options)]
+    """T alone, the generator's step that users pay for, and networks of other libraries, piece by piece."""
+    cases = [alone(options), in_a_step(options)]
+    return cases if options.quick else [*cases, *(in_pieces(name, options) for name in PIECEWISE)]
+
+
+def in_pieces(name: str, options: Options) -> Case:
+    """One network of the page of lean networks, checkpointed with and without lean, against stored."""
+    torch.manual_seed(0)
+    network = networks()[name]
+    to = {"device": options.device, "dtype": options.dtype}
+    module, x = network.build().eval().to(**to), torch.rand(network.size, **to)
+    case = Case(f"{name} in pieces, {' x '.join(map(str, x.shape))}")
+    frozen = {side: Frozen(module, **how) for side, how in {**SIDES, "checkpointed, not lean": NOT_LEAN}.items()}
+    sides = {side: passes(one, x) for side, one in frozen.items()}
+    for side, one in frozen.items():
+        agree(case, f"{side} and stored", sides[side](), sides["stored"](), options.tolerance)
+        case.values[f"{side}: {HELD}"], case.values[f"{side}: {PEAK}"] = memory(one, x)
+    for side in frozen:
+        if side != "stored":
+            case.values[f"{side} / stored: {PEAK}"] = case.values[f"{side}: {PEAK}"] / case.values[f"stored: {PEAK}"]
+    for side in ("checkpointed", "checkpointed, not lean"):
+        case.notes.append(f"{side}: {frozen[side].n_pieces or 'no'} pieces.")
+        case.targets.append(Target("value", f"{side} / stored: {PEAK}", at_most=0.45))
+        case.targets.append(Target("seconds", side, "stored", at_most=1.4))
+    return compare(case, sides, options, rounds=min(options.rounds, 7))
 
 
 def in_a_step(options: Options) -> Case:
