@@ -31,6 +31,8 @@ TITLES = {
     "paper": "the paper's dose",
     "tod_net": "TOD-Net",
     "tod_net@guides=unet+res_unet": "TOD-Net, two guides",
+    "tod_net@balance=false;optimizer=rmsprop;learning_rate=5e-4;decay_learning_rate=false": "TOD-Net, as the paper trains",
+    "mse_wgan@balance=false;optimizer=rmsprop;learning_rate=5e-4;decay_learning_rate=false": "MSE-WGAN, as the paper trains",
     "mse_wgan": "MSE-WGAN",
     "label_free": "TOD-Net, label-free",
     "mse": "MSE",
