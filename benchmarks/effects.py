@@ -175,6 +175,9 @@ def _baseline_of(setting: str, settings: Iterable[str]) -> str:
 
 
 def _compare(group: Sequence[Row], references: Sequence[Row], setting: str, baseline: str) -> Comparison:
+    measured = {(row.seed, row.unit) for row in group if row.setting == setting}  # levels are those of the same people
+    group = [row for row in group if (row.seed, row.unit) in measured]
+    references = [row for row in references if row.unit in {unit for _, unit in measured}]
     roles = {row.network: row.role for row in group if row.setting == setting and row.network}
     guides, judges = ({name for name, role in roles.items() if role == kind} for kind in ("guide", "judge"))
     paired = {

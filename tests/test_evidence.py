@@ -66,6 +66,14 @@ def test_shares_of_the_room() -> None:
     assert both.guide.mean == pytest.approx((11 + 1) / 2) and both.to_oracle == pytest.approx(11 / 22)
 
 
+def test_a_share_of_the_room_is_that_of_the_people_who_were_measured() -> None:
+    one_patient = rows(GAINS, unit="p")
+    other = [row._replace(unit="q", value=row.value - 30) for row in rows(GAINS) if row.setting == "mse"]
+    clean = [row._replace(setting="clean", seed="", value=72.0) for row in one_patient[:1] + one_patient[10:11]]
+    (one,) = effects.comparisons([*one_patient, *other, *[row._replace(network=n) for row in clean for n in "ab"]])
+    assert one.to_clean == pytest.approx(7 / 20)
+
+
 def test_fieller_covers_what_it_should() -> None:
     draws = np.random.default_rng(0)
     covered = 0
