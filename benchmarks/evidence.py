@@ -269,46 +269,60 @@ def filled(page: str, parts: dict[str, str]) -> str:
 
 
 def draw(found: Sequence[Comparison], path: Path) -> None:
-    """Gain on the guide against gain on unseen networks, a mark for each comparison, with intervals."""
+    """Gain on the guide against gain on unseen networks: a named mark with intervals for each confirming comparison,
+    and a small hollow one for each of exploration.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.6, 4.4 + 0.18 * len(found)), dpi=180, layout="constrained")
+    confirmed = [one for one in found if one.stage == "confirming"]
+    explored = [one for one in found if one.stage != "confirming"]
+    figure = Figure(figsize=(6.4, 4.6 + 0.2 * len(confirmed)), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    ends = [0.0, 1.0, *(end for one in found for gain in (one.guide, one.unseen) for end in gain[:3] if end == end)]
-    reach, least = 1.05 * max(ends), 1.05 * min(ends)
+    spans = [_span(confirmed, explored, of) for of in ("guide", "unseen")]
+    reach = spans[0][1]
     for slope, words in ((1, "all of it"), (0.7, "0.7"), (0.5, "0.5")):
         style = "-" if slope == 1 else "--"
-        axes.plot([0, reach], [0, slope * reach], color="0.75", lw=1, ls=style, zorder=0)
-        axes.text(1.01 * reach, slope * reach, words, color="0.45", fontsize=8, va="center")
+        end = min(reach, spans[1][1] / slope)
+        axes.plot([0, end], [0, slope * end], color="0.75", lw=1, ls=style, zorder=0)
+        axes.annotate(words, (end, slope * end), (3, 0), textcoords="offset points", color="0.45", fontsize=8)
     axes.axhline(0, color="0.75", lw=1, zorder=0)
     places = list(dict.fromkeys((one.world, one.degradation) for one in found))
-    settings = list(dict.fromkeys(one.setting for one in found))
-    for one in found:
-        bars = [[[g.mean - g.low], [g.high - g.mean]] if g.n > 1 else None for g in (one.guide, one.unseen)]
-        colour = COLOURS[places.index((one.world, one.degradation)) % len(COLOURS)]
-        sure = one.stage == "confirming"
-        place = f"{title(one.world)}, {title(one.degradation)}: {title(one.setting)}"
+    colours = {place: COLOURS[i % len(COLOURS)] for i, place in enumerate(places)}
+    settings = list(dict.fromkeys(one.setting for one in confirmed))
+    for one in confirmed:
+        bars = [[[g.mean - g.low], [g.high - g.mean]] for g in (one.guide, one.unseen)]
         axes.errorbar(
             one.guide.mean,
             one.unseen.mean,
             xerr=bars[0],
             yerr=bars[1],
-            color=colour,
+            color=colours[one.world, one.degradation],
             lw=1,
             fmt=MARKS[settings.index(one.setting) % len(MARKS)],
             ms=6,
-            mfc=colour if sure else "white",
-            label=place if sure else f"{place} (exploration)",
+            label=f"{title(one.world)}, {title(one.degradation)}: {title(one.setting)}",
         )
-    axes.set(xlim=(least, reach), ylim=(least, reach))
+    for i, one in enumerate(explored):
+        look = {"ms": 4, "mfc": "none", "mec": colours[one.world, one.degradation], "alpha": 0.7, "ls": "", "zorder": 1}
+        axes.plot(one.guide.mean, one.unseen.mean, "o", label=None if i else "exploration, in the same colours", **look)
+    axes.set(xlim=spans[0], ylim=spans[1])
     axes.set(xlabel="gain of the guide (points)", ylabel="mean gain of unseen networks (points)")
     axes.spines[["top", "right"]].set_visible(False)
     if found:
         figure.legend(fontsize=8, frameon=False, loc="outside lower center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def _span(confirmed: Sequence[Comparison], explored: Sequence[Comparison], of: str) -> tuple[float, float]:
+    """The intervals of what is confirmed and the means of what is explored, with a margin."""
+    gains = [getattr(one, of) for one in confirmed]
+    ends = [0.0, 1.0, *(end for gain in gains for end in gain[:3] if end == end)]
+    ends += [getattr(one, of).mean for one in explored]
+    margin = 0.05 * (max(ends) - min(ends))
+    return min(ends) - margin, max(ends) + margin
 
 
 def main(arguments: list[str] | None = None) -> None:
