@@ -118,9 +118,9 @@ class Draw:
             return self._again(image, self.preprocess, self.state)
         return self.preprocess(image)
 
-    def _again(self, image: Tensor, preprocess: Preprocess, state: RandomState) -> Any:
+    def _again(self, image: Tensor, preprocess: Preprocess, first: RandomState) -> Any:
         now = preprocess.random_state(image.device)  # others may have drawn since, and must not draw the same again
-        state.restore()
+        first.restore()
         try:
             return preprocess(image)
         finally:
