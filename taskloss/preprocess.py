@@ -48,10 +48,11 @@ class Preprocess(nn.Module):
 
     def forward(self, image: Tensor) -> Any:
         """One image, in the network's units."""
+        own = lent(image)
         if self.generator is None:  # nothing for a compiler to trip over
-            return self.function(lent(image))  # type: ignore[misc]
+            return self.function(own)  # type: ignore[misc]
         with seeded_by(self.generator, image.device):
-            return self.function(lent(image))  # type: ignore[misc]
+            return self.function(own)  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_generators": ()}
