@@ -87,8 +87,9 @@ class ReplicaCheck:
     """Notices that the processes train denoisers of their own, because nothing averages their gradients.
 
     That happens in silence where a trainer averages in its own backward and ``loss.backward()`` is called instead. The
-    weights behind x_hat are compared (two sums in one message) before the second, fourth, eighth... step, in a call
-    that all processes make anyway. Weights that a trainer shards are left out: they differ by right.
+    weights behind x_hat are compared (two sums in one message) before the second, third, fourth, eighth... step, in a
+    call that all processes make anyway: after one step of Adam, whose first goes by signs alone, they may agree by
+    chance. Weights that a trainer shards are left out: they differ by right.
     """
 
     def __init__(self) -> None:
@@ -107,7 +108,8 @@ class ReplicaCheck:
     def compare(self, where: str, device: torch.device) -> None:
         """Warn once, on every process, if the weights differ; all processes must make this call."""
         self._calls += 1
-        if n_processes() == 1 or self._told or self._calls == 1 or self._calls & (self._calls - 1):
+        due = self._calls == 3 or (self._calls > 1 and self._calls & (self._calls - 1) == 0)
+        if n_processes() == 1 or self._told or not due:
             return
         sums = self._sums(device)
         spread = torch.cat([sums, -sums])
