@@ -152,7 +152,10 @@ def targets(keypoints: bool) -> list[dict[str, Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("build", [retinanet, fcos, ssd, keypoint_rcnn], ids=lambda build: build.__name__)
+SLOW = pytest.param(keypoint_rcnn, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("build", [retinanet, fcos, ssd, SLOW], ids=["retinanet", "fcos", "ssd", "keypoint_rcnn"])
 def test_a_detector_guides_and_predicts(build) -> None:
     detector = build()
     x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()

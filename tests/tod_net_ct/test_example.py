@@ -187,6 +187,7 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(options, sentence, tmp_path
     assert sentence in error and "\n" not in error
 
 
+@pytest.mark.slow
 def test_scans_in_lits_layout_stand_in_for_phantoms(tmp_path) -> None:
     for i in range(3):
         phantom = abdominal_phantom(i, (20, 48, 48), (6.0, 8.0, 8.0))

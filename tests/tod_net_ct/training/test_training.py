@@ -194,7 +194,8 @@ def test_a_point_that_is_another_s_is_told(run, monkeypatch) -> None:
         train_denoiser("mse", settings, run)
 
 
-@pytest.mark.parametrize("launcher", ["devices=2", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["devices=2", "torchrun"])
 def test_two_processes_train_the_same_denoiser(run, tmp_path, launcher) -> None:
     # Statistics over a batch (batch norm in the critic, batch Dice) would be each process's own.
     settings = replace(TINY, steps=3, validate_every=1, batch=2, critic_norm="instance", dice="sample")
