@@ -18,7 +18,7 @@ PRESETS: dict[str, Settings] = {
     "demo": Settings(  # normal dose as noisy as a real scan's, and voxels that look like CT
         n_train=64, n_validation=4, n_test=12, shape=(16, 128, 128), patch=(16, 64, 64), voxel_mm=(3.0, 3.0, 3.0),
         i0_photons=1e5, dose_fraction=0.05, kernel="hann", n_views=120,
-        task_steps=(600,), task_validate_every=100, oracles=("unet",), denoisers=("mse", "mse_wgan", "tod_net"),
+        task_steps=(600,), task_validate_every=100, oracles=("unet",), denoisers=("mse_wgan", "tod_net"),
         steps=150, share_adv=0.003,  # results/tuning.json
     ),
     "study": Settings(
