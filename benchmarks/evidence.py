@@ -205,15 +205,21 @@ def sentences(found: Sequence[Comparison]) -> str:
 
 
 def _on_ct(confirmed: Sequence[Comparison]) -> str:
-    """The best of the patients' comparisons, whatever it is; nothing where there is none."""
-    own = [one for one in confirmed if one.world.startswith("ct")]
+    """The patients' comparisons from the worst to the best; nothing where there is none."""
+    own = sorted((one for one in confirmed if one.world.startswith("ct")), key=lambda one: one.unseen.mean)
     if not own:
         return ""
-    best = max(own, key=lambda one: one.unseen.mean)
-    return (
-        f"; on patients ({title(best.world)}, {title(best.degradation)}) they change by {shown(best.unseen)} and the "
-        f"guide by {shown(best.guide)} points of Dice"
-    )
+    least, most = own[0], own[-1]
+    span = f"by {shown(most.unseen)} points of Dice ({_of(most)})"
+    if len(own) > 1:
+        span = f"from {shown(least.unseen)} ({_of(least)}) to {shown(most.unseen)} points of Dice ({_of(most)})"
+    sure = sum(one.holm < 0.05 for one in own)
+    guide = shown(most.guide)
+    return f"; on patients they change {span}, where the guide changes by {guide}: {sure} of {len(own)} significant"
+
+
+def _of(one: Comparison) -> str:
+    return f"{title(one.setting)}, {title(one.degradation)}"
 
 
 def _count(found: Sequence[Comparison], holds) -> str:

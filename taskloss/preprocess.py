@@ -58,7 +58,8 @@ class Preprocess(nn.Module):
         return {**self.__dict__, "_generators": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]  # a plain function is not copied with the rest, and nor are its generators
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # A plain function is not copied with the rest, and nor are its generators.
         held = self._held()
         self._generators = generators_of(self.function if held is None else held)
 

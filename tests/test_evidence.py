@@ -117,7 +117,12 @@ def test_on_ct_guide_and_judges_are_one_family() -> None:
 
 
 def test_the_first_sentences_speak_of_patients_where_there_are_any() -> None:
-    assert "on patients (CT, liver" in evidence.blocks(rows(GAINS, world="ct_liver"))["sentences"]
+    one = evidence.blocks(rows(GAINS, world="ct_liver"))["sentences"]
+    assert "on patients they change by +7.0 [" in one and "the guide changes by +11.0 [" in one
+    assert "1 of 1 significant" in one
+    lost = {name: [-gain for gain in gains] for name, gains in GAINS.items()}
+    both = evidence.blocks(rows(GAINS, world="ct_liver") + rows(lost, setting="late", world="ct_liver"))["sentences"]
+    assert "on patients they change from -7.0 [" in both and "to +7.0 [" in both  # the worst is told with the best
     assert "patients" not in evidence.blocks(rows(GAINS))["sentences"]
 
 

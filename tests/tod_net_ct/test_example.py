@@ -12,7 +12,7 @@ import torch
 
 from examples.tod_net_ct.__main__ import main
 from examples.tod_net_ct.evaluation import training_view
-from examples.tod_net_ct.metrics import class_dice, dice, image_quality, paired
+from examples.tod_net_ct.metrics import dice, dice_scores, image_quality, paired
 from examples.tod_net_ct.networks import load_denoiser
 from examples.tod_net_ct.run import PRESETS
 from examples.tod_net_ct.scans import Cases, abdominal_phantom, organ_mask
@@ -225,8 +225,10 @@ def test_dice_by_hand() -> None:
 
 def test_dice_of_several_classes_is_their_mean_over_those_that_the_mask_has() -> None:
     found, mask = torch.tensor([[[1, 1, 2, 2, 0, 3]]]), torch.tensor([[[1, 2, 2, 2, 0, 0]]])
-    assert class_dice(found, mask) == {1: pytest.approx(2 / 3), 2: pytest.approx(4 / 5)}
-    assert dice(found, mask) == pytest.approx((2 / 3 + 4 / 5) / 2)
+    mean = pytest.approx((2 / 3 + 4 / 5) / 2)
+    expected = {"dice": mean, "dice_a": pytest.approx(2 / 3), "dice_b": pytest.approx(4 / 5)}
+    assert dice(found, mask) == mean and dice_scores(found, mask, ["a", "b", "c"]) == expected
+    assert dice_scores(found > 0, mask > 0, ["a"]) == {"dice": pytest.approx(8 / 9)}
 
 
 def test_paired_tests_see_what_an_unpaired_one_would_miss() -> None:

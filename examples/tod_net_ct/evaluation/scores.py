@@ -20,7 +20,7 @@ from taskloss import Fidelity, LossSum, TaskOrientedLoss, gradient_maps
 
 from ..dose import to_unit
 from ..inference import segment
-from ..metrics import class_dice, dice, holm, image_quality, mean_and_sd, paired, surface_distance_mm
+from ..metrics import dice_scores, holm, image_quality, mean_and_sd, paired, surface_distance_mm
 from ..networks import load_denoiser
 from ..run import (
     Guidance,
@@ -134,9 +134,8 @@ def measure_case(
         row: Row = {}
         for name, network in by.items() if mask.any() else ():
             found = segment(network, image, voxel_mm, settings.voxel_mm, device=device)
-            row[f"{name}_dice"] = 100 * dice(found, mask)
-            if len(cases.class_names) > 1:
-                row |= {f"{name}_dice_{cases.class_names[k - 1]}": 100 * v for k, v in class_dice(found, mask).items()}
+            overlaps = dice_scores(found, mask, cases.class_names)
+            row |= {f"{name}_{what}": 100 * value for what, value in overlaps.items()}
             row[f"{name}_surface_mm"] = surface_distance_mm(found, mask, voxel_mm)
         return row
 

@@ -3,12 +3,12 @@
 Nothing here knows of a run or of a network.
 """
 
-from .quality import class_dice, dice, image_quality, surface_distance_mm
+from .quality import dice, dice_scores, image_quality, surface_distance_mm
 from .statistics import holm, mean_and_sd, paired, paired_over_seeds
 
 __all__ = [
-    "class_dice",
     "dice",
+    "dice_scores",
     "holm",
     "image_quality",
     "mean_and_sd",

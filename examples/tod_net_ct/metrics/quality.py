@@ -45,16 +45,25 @@ def image_quality(restored_hu: Tensor, normal_hu: Tensor, mask: Tensor) -> dict[
 
 def dice(prediction: Tensor, mask: Tensor) -> float:
     """Dice of two label maps: the mean over the classes that the mask has; one if both are empty."""
-    overlaps = class_dice(prediction, mask) or {1: 1.0 if not prediction.any() else 0.0}
+    overlaps = _of_classes(prediction, mask) or {1: 1.0 if not prediction.any() else 0.0}
     return sum(overlaps.values()) / len(overlaps)
 
 
-def class_dice(prediction: Tensor, mask: Tensor) -> dict[int, float]:
-    """Dice of every class that the mask has, by its number from 1 on.
+def dice_scores(prediction: Tensor, mask: Tensor, class_names: Sequence[str]) -> dict[str, float]:
+    """`dice`, and beside it `dice_<name>` of each class that the mask has, where there are several.
 
-    Shape:
-        Both `(D, H, W)`, bool or whole numbers with 0 for the background.
+    Args:
+        prediction: `(D, H, W)`, bool or whole numbers with 0 for the background.
+        mask: like `prediction`.
+        class_names: of the numbers from 1 on.
     """
+    scores = {"dice": dice(prediction, mask)}
+    if len(class_names) > 1:
+        scores |= {f"dice_{class_names[k - 1]}": value for k, value in _of_classes(prediction, mask).items()}
+    return scores
+
+
+def _of_classes(prediction: Tensor, mask: Tensor) -> dict[int, float]:
     from monai.metrics import compute_dice
 
     pairs = {int(k): (prediction == k, mask == k) for k in mask.unique().tolist() if k}

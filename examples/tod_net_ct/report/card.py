@@ -10,6 +10,7 @@ from typing import Any
 from ..evaluation import heading, read_summary
 from ..networks import load_denoiser, write_weights
 from ..run import PRESETS, Settings, digest, from_yaml, write_text
+from ..scans import in_words
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +89,7 @@ def written(
         f"| HU window | {lower:g} to {upper:g}; voxels outside it are left as they are |",
         f"| voxel size (slice, row, column) | {' x '.join(f'{side:g}' for side in settings.voxel_mm)} mm |",
         f"| network | 3-D, width {config['width']}, norm {config['norm']}; seed {facts.get('seed', 'unknown')} |",
-        f"| task | {settings.organ.replace('+', ' and ')}, guided by {', '.join(settings.guides)} |",
+        f"| task | {in_words(settings.organ)}, guided by {', '.join(settings.guides)} |",
         f"| licence of the weights | {facts['licence']} |",
         f"| checkpoint | sha256 {facts['weights']} |",
         "",

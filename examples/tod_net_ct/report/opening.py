@@ -8,6 +8,7 @@ from typing import Any
 from ..dose import to_unit
 from ..evaluation import REFERENCE, title
 from ..run import Settings
+from ..scans import in_words
 from .plots import Pictures
 
 POOR_DICE = 50.0  # percent on normal dose: below it, a network's verdict on denoisers says nothing
@@ -62,9 +63,8 @@ def opening_sentence(summary: dict[str, Any], settings: Settings, guide: str) ->
         told = ", ".join(f"{value:.1f} HU {_behind(name)}" for name, value in errors if value is not None)
         return f"Distance from normal dose over the whole image (RMSE, mean of {summary['n_cases']} cases): {told}."
     told = ", ".join(f"{value:.1f} {_behind(name)}" for name, value in values)
-    organ = settings.organ.replace("+", " and ")
     return (
-        f"{title(guide)} finds the {organ} with a Dice of {normal:.1f} % on normal dose, {told} "
+        f"{title(guide)} finds the {in_words(settings.organ)} with a Dice of {normal:.1f} % on normal dose, {told} "
         f"(mean of {summary['n_labelled']} test cases)."
     )
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..evaluation import REFERENCE, Row, guide_of, heading, read_rows, read_summary, title, values_of
 from ..run import Settings, check_intact, read_json, replacing, results_of, write_text
+from ..scans import in_words
 from . import paper, plots
 from .answers import answers, family_note, focus_sentences, number, sentence
 from .opening import cautions, opening_columns, opening_figure, opening_sentence, whole_image_sentence
@@ -121,6 +122,7 @@ def _page(
     manifest = read_json(run / "evaluation" / "manifest.json")
     return environment.get_template("report.html.jinja").render(
         settings=settings,
+        organ=in_words(settings.organ),
         summary=summary,
         counts={split: len(list((run / "cases").glob(f"{split}-*.pt"))) for split in ("train", "validation", "test")},
         reference=REFERENCE,

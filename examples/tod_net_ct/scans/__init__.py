@@ -4,6 +4,7 @@ A volume is `(slice, row, column)` in HU; stage 1 (`prepare`) writes whole cases
 """
 
 from .cases import Cases
+from .classes import in_words
 from .coarser import coarser_copy
 from .dicom import Series, read_series
 from .dicom_out import check_folder, write_series
@@ -27,6 +28,7 @@ __all__ = [
     "check_place",
     "coarser_copy",
     "find_cases",
+    "in_words",
     "organ_mask",
     "prepare",
     "read_label",

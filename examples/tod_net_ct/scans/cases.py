@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from ..dose import to_unit
 from ..run import check_intact, is_intact, load_tensors, read_json, save_tensors
+from .classes import class_names
 from .grid import OUTSIDE_HU, crop_or_pad, resample, sub_volume_starts, training_grid
 from .preparation import cases_of, grid_of
 
@@ -44,7 +45,7 @@ class Cases(Dataset[tuple[Tensor, Tensor, Tensor]]):
             facts, self._about = manifest["facts"], manifest["results"]["cases"]
             self.shape: tuple[int, int, int] = tuple(facts["shape"])
             self.voxel_mm: tuple[float, float, float] = tuple(facts["voxel_mm"])
-            self.class_names: list[str] = facts["organ"].split("+")
+            self.class_names: list[str] = class_names(facts["organ"])
         except (KeyError, TypeError, AttributeError) as error:
             folder = run / "cases"
             raise ValueError(

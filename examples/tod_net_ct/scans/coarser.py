@@ -54,7 +54,10 @@ def coarser_copy(
     Raises:
         ValueError: a case belongs to no patient and is not left out, or a patient's case is not there.
     """
-    cases = {case.name: case for case in find_cases(data) if case.name not in left_out}
+    cases = {case.name: case for case in find_cases(data)}
+    if unknown := sorted(set(left_out) - set(cases)):
+        raise ValueError(f"{data}: expected left_out to name its cases, got {', '.join(unknown)}; take them out of it")
+    cases = {name: case for name, case in cases.items() if name not in left_out}
     owners = {case: patient for patient, own in patients.items() for case in own}
     if set(cases) != set(owners):
         apart = ", ".join(sorted(set(cases) ^ set(owners)))

@@ -33,6 +33,7 @@ from ..run import (
     progress,
     save_tensors,
 )
+from .classes import class_names, painted
 from .grid import Grid, is_on_grid, training_grid
 from .layouts import Case, find_cases, organ_labels
 from .phantoms import abdominal_phantom, organ_mask
@@ -131,7 +132,7 @@ def _read_phantom(seed: int, settings: Settings, noisy: bool) -> dict[str, Tenso
     and a network that has seen none falls at the first.
     """
     phantom = abdominal_phantom(seed, settings.shape, settings.voxel_mm)
-    mask = _painted([organ_mask(phantom.label, name) for name in settings.organ.split("+")])
+    mask = painted([organ_mask(phantom.label, name) for name in class_names(settings.organ)], settings.organ)
     volume_hu = phantom.volume_hu
     if noisy:
         with one_thread():
@@ -144,7 +145,7 @@ def _scans(settings: Settings) -> list[Source]:
     sources = []
     for case in find_cases(settings.data):
         files = tuple(path for path in (case.scan, case.label, case.low) if path is not None)
-        numbers = [organ_labels(case, name) for name in settings.organ.split("+")]  # a wrong one is told at once
+        numbers = [organ_labels(case, name) for name in class_names(settings.organ)]  # a wrong one is told at once
         if len(numbers) > 1 and None in numbers:
             raise ValueError(
                 f"{case.name}: expected a data set that says what its labels are, got {settings.organ!r} for one that "
@@ -160,9 +161,8 @@ def _read_scan(case: Case, settings: Settings, numbers: Sequence[tuple[int, ...]
         mask = torch.zeros(scan.volume_hu.shape, dtype=torch.uint8)
         if case.label is not None:
             label = read_label(case.label, scan, allow_empty=case.low is not None)  # a single slice may lack the organ
-            mask = _painted([
-                label > 0 if own is None else torch.isin(label, torch.tensor(own, dtype=label.dtype)) for own in numbers
-            ])  # fmt: skip
+            masks = [label > 0 if n is None else torch.isin(label, torch.tensor(n, dtype=label.dtype)) for n in numbers]
+            mask = painted(masks, settings.organ)
             if not mask.any() and case.low is None:
                 raise ValueError(
                     f"{case.label.name}: expected the organ {settings.organ!r} (labels {_list(numbers[0] or ())}), got "
@@ -178,14 +178,6 @@ def _read_scan(case: Case, settings: Settings, numbers: Sequence[tuple[int, ...]
             raise
         raise ValueError(f"{case.name}: {error}") from error  # KiTS calls every file imaging.nii.gz
     return tensors
-
-
-def _painted(masks: Sequence[Tensor]) -> Tensor:
-    """Class numbers from 1 on; a later class lies over those before it, as a tumour lies in its organ."""
-    painted = torch.zeros(masks[0].shape, dtype=torch.uint8)
-    for number, mask in enumerate(masks, start=1):
-        painted[mask] = number
-    return painted
 
 
 def _tensors(volume_hu: Tensor, mask: Tensor, voxel_mm: tuple[float, float, float]) -> dict[str, Tensor]:

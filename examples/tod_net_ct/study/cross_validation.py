@@ -23,7 +23,7 @@ import torch
 from ..dose import degrade
 from ..evaluation import device_of, judges
 from ..inference import segment
-from ..metrics import class_dice, dice, image_quality
+from ..metrics import dice_scores, image_quality
 from ..run import PRESETS, Settings, results_of, write_text
 from ..scans import Cases, coarser_copy, prepare
 from ..training import RECIPES, load_task, parse, restorer, train_denoiser, train_task
@@ -190,10 +190,7 @@ def _measure(name: str, experiment: Experiment, settings: Settings, run: Path) -
             for network, judge in networks.items():
                 found = segment(judge, image, voxel_mm, settings.voxel_mm, device=device)
                 role = "oracle" if name == "oracle" else "guide" if network in guides else "unseen"
-                overlaps = {"dice": dice(found, mask)}
-                if len(cases.class_names) > 1:
-                    overlaps |= {f"dice_{cases.class_names[k - 1]}": v for k, v in class_dice(found, mask).items()}
-                for metric, value in overlaps.items():
+                for metric, value in dice_scores(found, mask, cases.class_names).items():
                     yield row | {"network": network, "role": role, "metric": metric, "value": 100 * value}
 
 

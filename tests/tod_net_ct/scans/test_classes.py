@@ -81,6 +81,12 @@ def test_an_unknown_class_is_told_before_anything_is_read(tmp_path, lits):
         prepare(settings_of(data=str(lits), organ="liver+vein"), tmp_path / "run")
 
 
+@pytest.mark.parametrize("organ", ["tumour+liver", "liver+liver", "2+1,2"])
+def test_a_class_that_a_later_one_covers_is_refused(tmp_path, lits, organ):
+    with pytest.raises(ValueError, match=r"every class to show, got '.*' covered .* --set organ=liver\+tumour"):
+        prepare(settings_of(data=str(lits), organ=organ), tmp_path / "run")
+
+
 def test_a_network_of_two_classes_is_trained_kept_and_judged_by_class(tmp_path):
     settings = settings_of(organ="liver+tumour", denoisers="mse")
     prepare(settings, tmp_path)

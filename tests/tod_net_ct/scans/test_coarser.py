@@ -82,3 +82,8 @@ def test_a_case_of_no_patient_is_refused(scans, tmp_path):
 def test_a_case_that_is_left_out_is_not_copied(scans, tmp_path):
     folder = coarser_copy(scans, tmp_path / "coarse", (4.0, 4.0, 4.0), {"one": ["volume-3"]}, ["volume-4"])
     assert [case.name for case in find_cases(folder)] == ["volume-3"]
+
+
+def test_a_case_that_is_left_out_must_be_there(scans, tmp_path):
+    with pytest.raises(ValueError, match="expected left_out to name its cases, got volume-99; take them out of it"):
+        coarser_copy(scans, tmp_path / "coarse", None, {"one": ["volume-3", "volume-4"]}, ["volume-99"])
