@@ -24,6 +24,7 @@ from taskloss import (
     TaskOrientedLoss,
     WassersteinCritic,
     WeightClipping,
+    distributed,
 )
 from tests.properties import segmenter
 
@@ -200,3 +201,13 @@ def test_denoisers_that_drift_apart_are_told_once_on_every_process(
         (told,) = record["told"]
         assert told.startswith(f"{who}: the denoiser's weights differ between the processes")
         assert "self.manual_backward(loss)" in told
+
+
+def test_replicas_are_compared_before_the_second_third_fourth_and_eighth_step(monkeypatch) -> None:
+    looked: list[int] = []
+    check = distributed.ReplicaCheck()
+    monkeypatch.setattr(distributed, "n_processes", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda sums, op: looked.append(check._calls))
+    for _ in range(9):
+        check.compare("here", torch.device("cpu"))
+    assert looked == [2, 3, 4, 8]

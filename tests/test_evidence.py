@@ -1,6 +1,8 @@
 """The page of evidence: its statistics by hand and beside SciPy, and that nothing on it is stale."""
 
+import csv
 import math
+from statistics import fmean
 
 import pytest
 
@@ -176,3 +178,60 @@ def test_the_figure_has_a_mark_for_each_comparison(tmp_path, monkeypatch) -> Non
     monkeypatch.setattr(Figure, "legend", lambda self, **_: None)
     evidence.draw(effects.comparisons(rows(GAINS) + rows(GAINS, degradation="jpeg10")), tmp_path / "figure.png")
     assert marks == [(11, 7), (11, 7)] and (tmp_path / "figure.png").stat().st_size > 5000
+
+
+# --- what docs/evidence.md says in words -------------------------------------------------------------------------------
+
+
+def measured(path: str) -> list[dict[str, str]]:
+    with (evidence.RESULTS / "ct" / path).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_no_network_finds_the_tumours_even_at_normal_dose() -> None:
+    rows = measured("lits_tumour/measurements/heavy/fold-A/none.csv")
+    found = [r for r in rows if (r["input"], r["metric"]) == ("normal", "dice_tumour")]
+    means = {n: fmean(float(r["value"]) for r in found if r["network"] == n) for n in {r["network"] for r in found}}
+    assert len(means) == 4 and round(max(means.values())) == 2  # "2 % and less"
+
+
+def test_the_papers_own_optimisation_drifts_where_the_balanced_one_does_not() -> None:
+    own = evidence.PAPERS_OWN.replace("=", "_").replace(";", "-")
+    folder = "lits_liver_factors/measurements/heavy/fold-A/seed-0"
+    kinds = {"balanced": "mse_wgan", "own": f"mse_wgan-{own}", "own, task": f"tod_net-{own}"}
+    tables = {kind: measured(f"{folder}/{name}.csv") for kind, name in kinds.items()}
+
+    def organ(kind: str) -> float:
+        rows = [r for r in tables[kind] if (r["input"], r["metric"]) == ("low", "roi_rmse_hu")]
+        people = {r["patient"] for r in rows}
+        return fmean(fmean(float(r["value"]) for r in rows if r["patient"] == p) for p in people)
+
+    assert 4 / 3 < organ("own") / organ("balanced") < 3 / 2  # "larger by a good third"
+    assert organ("own, task") / organ("balanced") == pytest.approx(2, abs=0.1)  # "twice"
+    curves = {
+        kind: [float(r["value"]) for r in rows if r["metric"].startswith("validation_rmse_hu_at_")]
+        for kind, rows in tables.items()
+    }
+    assert len(curves["own"]) == 3 and curves["own"] == sorted(curves["own"])
+    assert curves["balanced"] == sorted(curves["balanced"], reverse=True)
+
+
+def test_the_words_of_the_page_are_those_of_its_tables() -> None:
+    found = {
+        (one.degradation, one.setting): one
+        for one in effects.comparisons(effects.read(evidence.RESULTS))
+        if one.stage == "confirming"
+    }
+    equal, more = found["half", "guides_together"], found["half", "together_more_task"]
+    assert equal.transfer.mean >= 0.7 and equal.holm < 0.05  # "carry over as much as was asked for"
+    assert equal.image["psnr_db"].high > 0 and equal.clean.low >= 0  # "no loss of PSNR and without hurting clean input"
+    assert 1 / 3 < equal.to_clean < 0.4 and more.to_clean > 0.5  # "a good third of the room", "half of it"
+    assert more.image["psnr_db"].high < 0 and round(more.image["psnr_db"].mean, 1) == -0.1  # "a tenth of a decibel"
+    assert 0.5 < found["half", "late"].transfer.mean < 0.6  # "little more than half of the gain"
+    assert found["jpeg10", "late"].to_oracle == pytest.approx(0.1, abs=0.02)  # "a tenth of its room"
+    one, two = found["heavy", "tod_net"], found["heavy", "tod_net@guides=unet+res_unet"]
+    assert min(two.guide.mean, two.unseen.mean) > 0 > max(two.guide.low, two.unseen.low)  # "the intervals hold zero"
+    assert two.transfer.mean == pytest.approx(1 / 3, abs=0.05)  # "a third of the guides' gain"
+    assert two.image["roi_rmse_hu"].mean < 0 < one.image["roi_rmse_hu"].low  # "falls a little"; "grows surely"
+    assert two.image["psnr_db"].high < 0  # "PSNR of the whole image falls"
+    assert all(c.holm > 0.05 for c in found.values() if c.world == "ct_liver")

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ..dose import degrade
+from ..dose import WINDOW_HU, degrade
 from ..evaluation import device_of, judges
 from ..inference import segment
 from ..metrics import dice_scores, image_quality
@@ -146,10 +146,9 @@ def _one_unit(
             for network in experiment.oracles:
                 train_task(network, replace(settings, task_dose="low"), run)
         trained = name if own_seed is None else f"{name}{';' if '@' in name else '@'}seed={own_seed}"
-        if name not in UNTRAINED:
-            train_denoiser(trained, settings, run)
+        curve = [] if name in UNTRAINED else _curve(train_denoiser(trained, settings, run) / "log.csv")
         about = {"world": "ct", "task": experiment.task, "dose": dose, "fold": fold, "seed": own_seed, "denoiser": name}
-        write_text(path, _as_csv([about | row for row in _measure(trained, experiment, settings, run)]))
+        write_text(path, _as_csv([about | row for row in [*_measure(trained, experiment, settings, run), *curve]]))
         yield path
 
 
@@ -192,6 +191,20 @@ def _measure(name: str, experiment: Experiment, settings: Settings, run: Path) -
                 role = "oracle" if name == "oracle" else "guide" if network in guides else "unseen"
                 for metric, value in dice_scores(found, mask, cases.class_names).items():
                     yield row | {"network": network, "role": role, "metric": metric, "value": 100 * value}
+
+
+def _curve(log: Path) -> list[dict[str, Any]]:
+    """How the error on the validation patient went while a denoiser was trained: one row for each look."""
+    if not log.is_file():  # a filter is not trained
+        return []
+    lower, upper = WINDOW_HU
+    about = {"patient": "", "case": "", "input": "low", "network": "", "role": "training"}
+    with log.open(newline="") as file:
+        looks = [(row["step"], float(row["validation/mse"])) for row in csv.DictReader(file) if row["validation/mse"]]
+    return [
+        about | {"metric": f"validation_rmse_hu_at_{step}", "value": (upper - lower) * math.sqrt(mse)}
+        for step, mse in looks
+    ]
 
 
 def _as_csv(rows: list[dict[str, Any]]) -> str:

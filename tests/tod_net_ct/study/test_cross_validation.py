@@ -79,6 +79,9 @@ def test_an_experiment_goes_on_where_it_stopped(tmp_path, scans, monkeypatch, ca
     assert (measurements / "fold-A" / "none.csv").read_text() == "kept"
 
     rows = rows_of(measurements / "fold-B" / "seed-1" / "tod_net-share_task_1.csv")
+    curve = [(row["metric"], float(row["value"]) > 0) for row in rows if row["role"] == "training"]
+    assert curve == [("validation_rmse_hu_at_1", True)]
+    rows = [row for row in rows if row["role"] != "training"]
     assert {row["patient"]: row["case"] for row in rows} == {"p3": "volume-3", "p4": "volume-4"}
     assert {(row["seed"], row["denoiser"], row["fold"]) for row in rows} == {("1", "tod_net@share_task=1", "B")}
     assert {(row["network"], row["role"]) for row in rows if row["metric"] == "dice"} == {
