@@ -38,7 +38,8 @@ class TaskConsistencyLoss(Term):
         task_model: The network f.
         distance: ``distance(prediction, target)``; :func:`soft_kl` for logits, ``nn.MSELoss()`` for features.
         layers: Layers by their ``named_modules()`` path, or a mapping from path to weight; None compares the
-            output. The network stops after the last layer it needs.
+            output. The network stops after the last layer it needs. They are read by hooks, at which ``torch.compile``
+            breaks its graph, so that ``fullgraph=True`` refuses them.
         preprocess: Differentiable map from the restorer's units to the network's, applied to both images; where it
             is random, both see the same draw (``torch.compile`` breaks its graph there). A module augments as it
             came while the loss is in training mode.

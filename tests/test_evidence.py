@@ -180,7 +180,7 @@ def test_the_figure_has_a_mark_for_each_comparison(tmp_path, monkeypatch) -> Non
     assert marks == [(11, 7), (11, 7)] and (tmp_path / "figure.png").stat().st_size > 5000
 
 
-# --- what docs/evidence.md says in words -------------------------------------------------------------------------------
+# --- what docs/evidence.md says in words ------------------------------------------------------------------------------
 
 
 def measured(path: str) -> list[dict[str, str]]:

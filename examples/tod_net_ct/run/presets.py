@@ -16,7 +16,7 @@ PRESETS: dict[str, Settings] = {
         validate_every=2, save_every=2, width=2, task_width=4, critic_channels=(2, 4, 4), n_views=60,
     ),
     "demo": Settings(  # normal dose as noisy as a real scan's, and voxels that look like CT
-        n_train=64, n_validation=4, n_test=8, shape=(16, 128, 128), patch=(16, 64, 64), voxel_mm=(3.0, 3.0, 3.0),
+        n_train=64, n_validation=4, n_test=10, shape=(16, 128, 128), patch=(16, 64, 64), voxel_mm=(3.0, 3.0, 3.0),
         i0_photons=1e5, dose_fraction=0.05, kernel="hann", n_views=120,
         task_steps=(600,), task_validate_every=100, oracles=("unet",), denoisers=("mse_wgan", "tod_net"),
         steps=120, share_adv=0.003,  # results/tuning.json

@@ -5,24 +5,24 @@ from __future__ import annotations
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from ..run import write_text
+from ..training import RECIPES
 
 COLUMNS = ("world", "degradation", "setting", "stage", "seed", "unit", "network", "role", "metric", "value")
 METRICS = {"dice": "dice", "roi_rmse_hu": "roi_rmse_hu", "whole_rmse_hu": "rmse_hu", "whole_psnr_db": "psnr_db"}
 LEAST_SEEDS = 3  # below, or where a fold is missing, a dose's rows are exploration
 
 
-def by_patient(measurements: Path, table: Path, folds: Collection[str], guided: Sequence[str]) -> Path:
+def by_patient(measurements: Path, table: Path, folds: Collection[str]) -> Path:
     """Write the table of everything below `measurements`.
 
     Args:
         measurements: files as `cross_validate` writes them.
         table: the CSV file to write.
         folds: all of the experiment's; a dose with fewer, or with fewer than three seeds in one, is exploration.
-        guided: the denoisers whose training saw a task network.
     """
     values: dict[tuple[str, ...], list[float]] = defaultdict(list)
     complete = _complete(measurements, folds)
@@ -32,7 +32,7 @@ def by_patient(measurements: Path, table: Path, folds: Collection[str], guided: 
                 for row in csv.DictReader(file):
                     if None in (*row, *row.values()):
                         raise ValueError("a line is not whole")
-                    for key in _keys(row, guided, complete):
+                    for key in _keys(row, complete):
                         values[key].append(float(row["value"]))
         except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
             raise ValueError(
@@ -46,7 +46,7 @@ def by_patient(measurements: Path, table: Path, folds: Collection[str], guided: 
     return table
 
 
-def _keys(row: dict[str, str], guided: Sequence[str], complete: Collection[str]) -> Iterable[tuple[str, ...]]:
+def _keys(row: dict[str, str], complete: Collection[str]) -> Iterable[tuple[str, ...]]:
     """Under which settings a measured number stands; that of the image as it comes under its dose's name."""
     metric = METRICS.get(row["metric"])
     setting, prefix = row["denoiser"], "clean_" if row["input"] == "normal" else ""
@@ -54,7 +54,9 @@ def _keys(row: dict[str, str], guided: Sequence[str], complete: Collection[str])
         setting, prefix = {"low": "degraded", "normal": "clean"}[row["input"]], ""
     if metric is None or (setting == "oracle" and prefix):
         return
-    role = "image" if not row["network"] else "guide" if row["role"] == "guide" and setting in guided else "judge"
+    recipe = RECIPES.get(setting.partition("@")[0])
+    guided = recipe is not None and recipe.is_guided and row["role"] == "guide"
+    role = "image" if not row["network"] else "guide" if guided else "judge"
     stage = "confirming" if row["dose"] in complete else "exploration"
     world = f"{row['world']}_{row['task']}"
     yield world, row["dose"], setting, stage, row["seed"], row["patient"], row["network"], role, prefix + metric

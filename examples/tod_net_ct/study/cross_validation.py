@@ -26,7 +26,7 @@ from ..inference import segment
 from ..metrics import dice_scores, image_quality
 from ..run import PRESETS, Settings, results_of, write_text
 from ..scans import Cases, coarser_copy, prepare
-from ..training import RECIPES, load_task, parse, restorer, train_denoiser, train_task
+from ..training import load_task, parse, restorer, train_denoiser, train_task
 from .by_patient import by_patient
 
 COLUMNS = (
@@ -81,11 +81,9 @@ def main(args: argparse.Namespace) -> int:
     if args.seeds:
         experiment = replace(experiment, seeds=args.seeds)
     results, end = args.results or args.experiment.parent, time.monotonic() + 60 * args.minutes
-    looking = {"task", "consistency"}  # the terms that look through a task network
-    guided = [name for name in experiment.denoisers if looking & {*RECIPES[name.partition("@")[0]].terms}]
     for done in cross_validate(experiment, args.data, args.output, results):
         print(f"measured {done}", flush=True)
-        by_patient(results / "measurements", results.with_suffix(".csv"), experiment.folds, guided)
+        by_patient(results / "measurements", results.with_suffix(".csv"), experiment.folds)
         if time.monotonic() > end:
             print(f"{results}: stopped after {args.minutes:g} minutes; the same command goes on from here")
             break

@@ -53,6 +53,11 @@ class Recipe:
     constraint: str = "clip"  # of the critic: "clip" (WGAN) or "penalty" (WGAN-GP)
     network: str = "tod_net"  # or "sacnn", "cnn"
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether one of its terms looks through a task network."""
+        return not {"task", "consistency"}.isdisjoint(self.terms)
+
 
 RECIPES = {
     "tod_net": Recipe("TOD-Net", ("adv", "task", "mse")),

@@ -21,7 +21,7 @@ def table(tmp_path, files, folds=("A",)):
         path = tmp_path / "measurements" / "heavy" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(HEAD + "".join(rows))
-    found = by_patient(tmp_path / "measurements", tmp_path / "table.csv", folds, ["tod_net"])
+    found = by_patient(tmp_path / "measurements", tmp_path / "table.csv", folds)
     with found.open() as file:
         return {
             (r["setting"], r["seed"], r["unit"], r["network"], r["role"], r["metric"]): (float(r["value"]), r["stage"])
@@ -42,6 +42,7 @@ def test_a_patients_scans_are_averaged_and_the_image_as_it_comes_has_its_doses_n
             ],
             "fold-A/oracle.csv": [row("oracle", 80, seed=""), row("oracle", 85, seed="", given="normal")],
             "fold-A/seed-0/tod_net.csv": [row("tod_net", 70), row("tod_net", 88, given="normal", network="vnet")],
+            "fold-A/seed-0/label_free.csv": [row("label_free@share_task=1", 66)],
             "fold-A/seed-0/mse.csv": [row("mse", 65)],
         },
     )
@@ -52,6 +53,7 @@ def test_a_patients_scans_are_averaged_and_the_image_as_it_comes_has_its_doses_n
         ("oracle", "", "p1", "unet", "judge", "dice"): 80,
         ("tod_net", "0", "p1", "unet", "guide", "dice"): 70,
         ("tod_net", "0", "p1", "vnet", "judge", "clean_dice"): 88,
+        ("label_free@share_task=1", "0", "p1", "unet", "guide", "dice"): 66,
         ("mse", "0", "p1", "unet", "judge", "dice"): 65,
     }
 
