@@ -23,6 +23,8 @@ from taskloss import lean_layers as layers
 aten = torch.ops.aten
 Rule = Callable[..., Any]
 _local = threading.local()
+_DROPOUT = frozenset((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout))
+_SMALL = 1 << 15  # a tensor of fewer values is left to autograd: a call through Python takes longer than it saves
 
 
 class Lean(TorchFunctionMode):
@@ -31,7 +33,10 @@ class Lean(TorchFunctionMode):
     Attributes:
         made: How often each function was made lean, by name.
         normalised: The result of the function before, where that was a batch norm, and what its gradient needs.
+        in_a_piece: Whether what runs will be computed again at once, so that nothing in it need be computed thrice.
     """
+
+    in_a_piece = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,16 +53,20 @@ class Lean(TorchFunctionMode):
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         rule = RULES.get(func)
         if rule is not None and _plain(args) and not torch.compiler.is_compiling():
-            found = rule(self, func, *args, **(kwargs or {}))
+            found = rule(self, func, *args, **kwargs)
             if found is not NotImplemented:
                 self.made[func.__name__] += 1
                 if func is not F.batch_norm:
                     self.normalised = None
                 return found
-        self.normalised = None
-        return func(*args, **(kwargs or {}))
+        found = func(*args, **kwargs)
+        # Dropout in eval mode gives back what it got: a rectifier after it still follows the batch norm.
+        if self.normalised is not None and not (func in _DROPOUT and found is self.normalised[0]):
+            self.normalised = None
+        return found
 
 
 @contextlib.contextmanager
@@ -65,14 +74,15 @@ def in_a_piece(is_lean: bool) -> Iterator[None]:
     """Lean, if it is not already, without what was known of the function before or after: a piece runs alone again."""
     mode = getattr(_local, "mode", None)
     if mode is None and is_lean and is_possible():
-        with Lean():
+        with Lean() as mode:
+            mode.in_a_piece = True
             yield
         return
     if mode is not None:
-        mode.normalised = None
+        mode.normalised, mode.in_a_piece = None, True
     yield
     if mode is not None:
-        mode.normalised = None
+        mode.normalised, mode.in_a_piece = None, False
 
 
 def is_possible() -> bool:
@@ -88,11 +98,17 @@ def is_possible() -> bool:
 
 
 def _plain(args: Any) -> bool:
-    """Whether the first argument is an ordinary tensor whose graph is being recorded."""
+    """Whether the first argument is an ordinary tensor of some size whose graph is being recorded."""
     if not args:
         return False
     x = args[0]
-    return type(x) is Tensor and x.requires_grad and x.layout is torch.strided and x.is_floating_point()
+    return (
+        type(x) is Tensor
+        and x.requires_grad
+        and x.numel() >= _SMALL
+        and x.layout is torch.strided
+        and x.is_floating_point()
+    )
 
 
 def _frozen(*tensors: Tensor | None) -> bool:
@@ -142,12 +158,16 @@ def _instance_norm(mode: Lean, func: Any, x: Tensor, running_mean: Any = None, r
     return _batch_norm(mode, func, x, running_mean, running_var, weight, bias, use_input_stats, *rest, **more)
 
 
-def _rectify(mode: Lean, x: Tensor, compute: Any, inplace: bool, mask_of: Any, below: Any = None,
-             stand_in: Any = None) -> Any:  # fmt: skip
+def _rectify(mode: Lean, x: Tensor, compute: Any, inplace: bool, mask_of: Any, below: float | None = None) -> Any:
+    """Below a bound the gradient is gone, or ``below`` times what it was."""
     if inplace and mode.normalised is not None and mode.normalised[0] is x:  # nobody has seen what is overwritten
         z, *state = mode.normalised[1]
         return layers.NormaliseRectify.apply(x, z, compute, mask_of, below, *state)
-    return layers.saving(lambda: compute(x), layers.keep_mask(mask_of, stand_in))
+    if below is not None:
+        return layers.saving(lambda: compute(x), layers.keep_mask(mask_of))
+    if inplace and x._is_view():  # what is overwritten is others' as well, and they go back through it
+        return NotImplemented
+    return layers.Rectify.apply(x, compute, mask_of, inplace)
 
 
 def _relu(mode: Lean, func: Any, input: Tensor, inplace: bool = False) -> Any:
@@ -161,12 +181,11 @@ def _leaky_relu(mode: Lean, func: Any, input: Tensor, negative_slope: float = 0.
     return _rectify(mode, input, compute, inplace and negative_slope > 0, _is_positive, float(negative_slope))
 
 
-def _prelu(mode: Lean, func: Any, input: Tensor, weight: Tensor) -> Any:
+def _prelu(_: Lean, func: Any, input: Tensor, weight: Tensor) -> Any:
     if not _frozen(weight):
         return NotImplemented
-    compute = functools.partial(torch.prelu, weight=weight)
     signed = functools.partial(torch.sub, other=0.5)  # second derivatives ask whether it is negative
-    return _rectify(mode, input, compute, False, _is_positive, stand_in=signed)
+    return layers.saving(lambda: func(input, weight), layers.keep_mask(_is_positive, signed))
 
 
 def _is_not_zero(y: Tensor) -> Tensor:
@@ -185,23 +204,20 @@ def _relu6(mode: Lean, func: Any, input: Tensor, inplace: bool = False) -> Any:
 def _hardtanh(mode: Lean, func: Any, input: Tensor, min_val: float = -1.0, max_val: float = 1.0,
               inplace: bool = False) -> Any:  # fmt: skip
     inplace = inplace or _in_place(func)
-    if not max_val - min_val >= 1e-3 * max(1.0, abs(min_val)):
-        return NotImplemented  # there may be no number between them
     compute = functools.partial(F.hardtanh, min_val=min_val, max_val=max_val, inplace=inplace)
 
     def inside(y: Tensor) -> Tensor:
         one = y if min_val >= 0 else torch.ones_like(y)  # anything that is not zero where the gradient passes
         return aten.hardtanh_backward(one, y, min_val, max_val).to(torch.bool)  # type: ignore[no-any-return]
 
-    def between(mask: Tensor) -> Tensor:
-        return mask.mul_((max_val - min_val) / 2).add_(min_val)
-
-    return _rectify(mode, input, compute, inplace, inside, None, between)
+    return _rectify(mode, input, compute, inplace, inside)
 
 
-def _attention(_: Lean, func: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None,
+def _attention(mode: Lean, func: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None,
                dropout_p: float = 0.0, is_causal: bool = False, **more: Any) -> Any:  # fmt: skip
-    if dropout_p or not _frozen(attn_mask) or torch.is_autocast_enabled(query.device.type):
+    if mode.in_a_piece or dropout_p or not _frozen(attn_mask) or torch.is_autocast_enabled(query.device.type):
+        return NotImplemented
+    if query is key or key is value or query is value:  # autograd adds their gradients up in an order of its own
         return NotImplemented
 
     def compute(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:

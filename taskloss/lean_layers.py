@@ -106,6 +106,24 @@ class Normalise(Function):
         return found, None, None, None, None
 
 
+class Rectify(Function):
+    """A rectifier whose gradient passes or does not: keeps one byte for each value."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, compute: Callable[[Tensor], Tensor], mask_of: Callable[[Tensor], Tensor], inplace: bool
+    ) -> Tensor:
+        y = compute(x)
+        if inplace:
+            ctx.mark_dirty(y)
+        ctx.save_for_backward(mask_of(y))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return _gated(g, ctx.saved_tensors[0], None), None, None, None
+
+
 class NormaliseRectify(Function):
     """A rectifier in place on what `Normalise` gave, as one step back to that one's input."""
 

@@ -29,6 +29,7 @@ from taskloss.trees import tensors_in
 
 _LIMITS = (0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.04)  # of what the network keeps, that a piece may keep at most
 _WORTH = 0.01  # of what the network keeps, that a piece must save at least: its second run takes time
+_ENOUGH = 0.45  # of what the network keeps: a peak below it is not bought with further second runs
 _local = threading.local()
 
 
@@ -112,11 +113,21 @@ def cut_(network: nn.Module, modules: list[nn.Module]) -> None:
 
 @dataclass
 class _Held:
-    """What a module keeps for its backward pass, in bytes, and what it takes in, in bytes by storage."""
+    """What a module keeps for its backward pass, in bytes, and what it takes in, in bytes by storage.
 
+    Attributes:
+        before: What the network had kept when the module was first called.
+    """
+
+    before: int = 0
     kept: int = 0
     given: dict[int, int] = field(default_factory=dict)
     fits: bool = True
+
+    @property
+    def saved(self) -> int:
+        """What is gained when the module is computed again."""
+        return self.kept - sum(self.given.values())
 
 
 class _Watch:
@@ -124,6 +135,7 @@ class _Watch:
 
     def __init__(self, network: nn.Module) -> None:
         self.held: dict[nn.Module, _Held] = {}
+        self.total = 0
         self._open: list[nn.Module] = []
         self._numbers = count()
         self._ids: Any = WeakIdKeyDictionary()
@@ -133,7 +145,7 @@ class _Watch:
     def enter(self, module: nn.Module, inputs: Any, named: Any) -> None:
         self._look()
         self._open.append(module)
-        held = self.held.setdefault(module, _Held(fits=_is_plain(module)))
+        held = self.held.setdefault(module, _Held(self.total, fits=_is_plain(module)))
         for tensor in tensors_in([inputs, named]):
             storage = tensor.untyped_storage()
             number = self._ids.setdefault(storage, next(self._numbers))
@@ -148,6 +160,7 @@ class _Watch:
         storage = tensor.untyped_storage()
         if storage not in self._counted:
             self._counted[storage] = None
+            self.total += storage.nbytes()
             for module in dict.fromkeys(self._open):
                 self.held[module].kept += storage.nbytes()
 
@@ -181,31 +194,42 @@ def find(network: nn.Module, run: Callable[[], Any], device: torch.device) -> li
     finally:
         for handle in handles:
             handle.remove()
-    held = watch.held
-    total = held[network].kept if network in held else 0
-    best: tuple[float, list[nn.Module]] = (0.9 * total, [])
+    best: tuple[float, list[nn.Module]] = (0.9 * watch.total, [])
     for limit in _LIMITS:
-        pieces = list(dict.fromkeys(_within(network, held, limit * total, _WORTH * total)))
-        best = min(best, (_peak(pieces, held, total), pieces), key=lambda found: found[0])
-    return best[1]
+        pieces = list(dict.fromkeys(_within(network, watch.held, limit * watch.total, _WORTH * watch.total)))
+        best = min(best, (_peak(pieces, watch), pieces), key=lambda found: found[0])
+    return _needed(*best, watch)
+
+
+def _needed(peak: float, pieces: list[nn.Module], watch: _Watch) -> list[nn.Module]:
+    """Without the pieces that save least, as long as the peak stays where it is, or low enough."""
+    enough = max(peak, _ENOUGH * watch.total)
+    for piece in sorted(pieces, key=lambda piece: watch.held[piece].saved):
+        fewer = [other for other in pieces if other is not piece]
+        if fewer and _peak(fewer, watch) <= enough:
+            pieces = fewer
+    return pieces
 
 
 def _within(module: nn.Module, held: dict[nn.Module, _Held], most: float, least: float) -> Iterator[nn.Module]:
     """The outermost modules that keep no more than ``most``, and at least so much more than they take in."""
     own = held.get(module)
     if own is not None and own.fits and own.kept <= most:
-        if own.kept - sum(own.given.values()) > least:
+        if own.saved > least:
             yield module
     else:
         yield from chain.from_iterable(_within(child, held, most, least) for child in module.children())
 
 
-def _peak(pieces: list[nn.Module], held: dict[nn.Module, _Held], total: int) -> float:
+def _peak(pieces: list[nn.Module], watch: _Watch) -> float:
+    """The most that is kept at once in the backward pass, which frees what follows a piece before it gets there."""
     given: dict[int, int] = {}
-    for piece in pieces:
-        given |= held[piece].given
-    kept = [held[piece].kept for piece in pieces]
-    return total - sum(kept) + sum(given.values()) + max(kept, default=total)
+    gone, highest = 0, 0
+    for held in sorted((watch.held[piece] for piece in pieces), key=lambda held: held.before):
+        given |= held.given
+        highest = max(highest, held.before - gone + sum(given.values()) + held.kept)
+        gone += held.kept
+    return max(highest, watch.total - gone + sum(given.values()))
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from taskloss import Frozen, TaskConsistencyLoss, TaskOrientedLoss
+from taskloss import lean as lean_module
 from tests.test_ecosystem import CASES
+
+
+@pytest.fixture(autouse=True)
+def of_any_size(monkeypatch) -> None:
+    """The tensors of these tests are smaller than what it is worth while for."""
+    monkeypatch.setattr(lean_module, "_SMALL", 0)
 
 
 def held(network: nn.Module, x: Tensor, run: Callable[[Tensor], Tensor]) -> tuple[Tensor, int]:
@@ -117,6 +124,7 @@ def test_a_layer_keeps_less_and_gives_the_same_bits(name: str) -> None:
     assert lean_bytes <= max(share * n_bytes, 0 if alone else y.numel() + 64), f"{lean_bytes:,} of {n_bytes:,} bytes"
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("name", [n for n in LAYERS if "2d" in n or n in ("relu", "prelu", "relu6")])
 def test_channels_last_gives_the_same_bits(name: str) -> None:
     layer, shape, _ = LAYERS[name]
@@ -205,6 +213,24 @@ def test_a_rectifier_in_place_on_batch_norm_is_one_step(look, act) -> None:
     )
 
 
+def test_dropout_between_batch_norm_and_a_rectifier_does_not_part_them() -> None:
+    """As in MONAI's blocks, whose order is norm, dropout, activation."""
+    for between, name in [(nn.Dropout3d(0.2), "NormaliseRectify"), (nn.Identity(), "NormaliseRectify"),
+                          (nn.Tanh(), "Rectify")]:  # fmt: skip
+        net = warmed(nn.Sequential(nn.BatchNorm3d(3), between, nn.ReLU(inplace=True)))
+        (plain, lean), _ = both(net, odd((2, 3, 4, 8, 8)))
+        assert torch.equal(plain[0], lean[0]) and torch.equal(plain[1], lean[1])
+        y = Frozen(net)(odd((2, 3, 4, 8, 8)).requires_grad_())
+        assert type(y.grad_fn).__name__ == f"{name}Backward"
+
+
+def test_small_tensors_are_left_to_autograd(monkeypatch) -> None:
+    monkeypatch.undo()  # the size at which it is worth while
+    frozen = Frozen(nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.MaxPool2d(4), nn.Conv2d(2, 2, 1)))
+    frozen(torch.rand(1, 1, 192, 192).requires_grad_())
+    assert frozen.made_lean == {"conv2d": 1, "max_pool2d": 1}, "the last convolution gets 4,608 values"
+
+
 def test_attention_keeps_no_output_and_has_second_derivatives() -> None:
     class Attention(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -223,6 +249,19 @@ def test_attention_keeps_no_output_and_has_second_derivatives() -> None:
             (gradient,) = torch.autograd.grad(Frozen(Attention(), lean=on)(x).square().sum(), x, create_graph=True)
             seconds.append(torch.autograd.grad(gradient.square().sum(), x)[0])
     torch.testing.assert_close(*seconds)
+
+
+def test_attention_of_one_tensor_on_itself_is_autograds() -> None:
+    """Its gradient is a sum, whose order makes the last bits."""
+
+    class Itself(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.tanh()
+            return F.scaled_dot_product_attention(y, 2 * y, y) + F.scaled_dot_product_attention(y.exp(), y, y)
+
+    (plain, lean), frozen = both(Itself(), torch.randn(1, 2, 17, 4))
+    assert torch.equal(plain[0], lean[0]) and torch.equal(plain[1], lean[1])
+    assert frozen.made_lean == {}
 
 
 def test_a_nan_passes_as_it_does_in_autograd() -> None:

@@ -27,7 +27,7 @@ networks = {
     "ResNet-18": (resnet18(weights=None), torch.rand(1, 3, 128, 128)),
     "transformer": (
         nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 2, enable_nested_tensor=False),
-        torch.rand(1, 196, 64),
+        torch.rand(4, 196, 64),
     ),
 }
 
