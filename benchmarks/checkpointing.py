@@ -49,7 +49,7 @@ def in_pieces(name: str, options: Options) -> Case:
         case.notes.append(f"{side}: {frozen[side].n_pieces or 'no'} pieces.")
         case.targets.append(Target("value", f"{side} / stored: {PEAK}", at_most=0.45))
         case.targets.append(Target("seconds", side, "stored", at_most=1.4))
-    return compare(case, sides, options, rounds=min(options.rounds, 7))
+    return compare(case, sides, options, rounds=min(options.rounds, 9))
 
 
 def in_a_step(options: Options) -> Case:

@@ -113,7 +113,7 @@ def of(name: str, network: Network, options: Options) -> Case:
         case.targets.append(Target("seconds", FOLDED, "autograd", at_most=network.folded))
     made = ", ".join(f"{n} {function}" for function, n in sides["lean"].made_lean.items())
     case.notes.append(f"Lean: {made}.")
-    return compare(case, found, options, rounds=None if options.quick else min(options.rounds, 7))
+    return compare(case, found, options)
 
 
 def passes(frozen: Frozen, x: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:

@@ -45,10 +45,12 @@ def write(results: Path, page: Path) -> None:
 HEAD = """# Benchmarks
 
 Written by `make bench` from `benchmarks/results/`; nothing here is typed by hand. Every comparison first asserts that
-both sides compute the same within the tolerance given. The sides take turns within one process; a ratio is the median
-over the rounds with its quartiles, so the machine's moods hit both sides. Memory is the peak of one turn above what
-was held before it, from the operating system on a CPU and from the allocator on CUDA. `make bench-compare` reports
-ratios that became worse by more than 10 %.
+both sides compute the same within the tolerance given. The sides take turns within one process, so the machine's moods
+hit both; a ratio is the median over the rounds with its 95 % interval. A target is met within noise where the median
+misses it and the interval reaches it. While time is taken, freed memory stays with the process. Memory is the peak of
+one turn above what was held before it, from the operating system on a CPU and from the allocator on CUDA.
+`make bench-compare` reports ratios that became worse by more than 10 %; where the intervals leave that open it measures
+again, up to three times, and then says so.
 """
 
 
@@ -72,11 +74,11 @@ def machine_part(name: str, found: Found, results: Path) -> str:
             lines.append(f"| {benchmark} | | | | {own['failed']} | **no** |")
         for case in own.get("cases", []):
             for target in case["targets"]:
-                met = Target(**target).is_met(ratio_of(case, target)[0])
-                if not met:
+                verdict = Target(**target).verdict(*ratio_of(case, target))
+                if verdict != "yes":
                     missed.add(benchmark)
                 cells = [benchmark, case["name"], words(target), bound(target), number_of(case, target)]
-                lines.append("| " + " | ".join([*cells, "yes" if met else "**no**"]) + " |")
+                lines.append("| " + " | ".join([*cells, "**no**" if verdict == "no" else verdict]) + " |")
     gaps = [f"- {b}, {c['name']}: {gap}" for b, own in found["benchmarks"].items() for c in own.get("cases", [])
             for gap in c["gaps"]]  # fmt: skip
     if gaps:
@@ -121,14 +123,16 @@ def lines_of(name: str, benchmark: Found) -> list[str]:
     lines = [f"{name}: {benchmark['seconds']} s"]
     for case in benchmark["cases"]:
         for target in case["targets"]:
-            verdict = "met" if Target(**target).is_met(ratio_of(case, target)[0]) else "MISSED"
+            verdict = {"yes": "met", "no": "MISSED"}.get(
+                found := Target(**target).verdict(*ratio_of(case, target)), found
+            )
             lines.append(f"  {case['name']}: {words(target)} {number_of(case, target)}, {bound(target)}: {verdict}")
         lines += [f"  {case['name']}: {gap}" for gap in case["gaps"]]
     return lines
 
 
 def ratio_of(case: Found, target: Found) -> tuple[float, float, float]:
-    """Median and quartiles of what a target speaks of."""
+    """Median, and its 95 % interval, of what a target speaks of."""
     about = {key: case[key] for key in ("name", "seconds", "peak_bytes", "values")}
     return Case(**about).ratio(Target(**target))
 
@@ -149,7 +153,7 @@ def bound(target: Found) -> str:
 
 
 def number_of(case: Found, target: Found) -> str:
-    """The number that was measured, with its quartiles."""
+    """The number that was measured, with its interval."""
     middle, low, high = ratio_of(case, target)
     return f"{middle:.3g}" if low == high else f"{middle:.3g} ({low:.3g} to {high:.3g})"
 

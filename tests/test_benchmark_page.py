@@ -77,9 +77,49 @@ def test_a_failed_benchmark_is_told_and_not_passed_over(tmp_path) -> None:
 
 
 def test_a_ratio_that_grew_by_more_than_a_tenth_is_reported() -> None:
-    assert "nothing is worse" in command.slower(result(1.0), result(1.05))
-    told = command.slower(result(1.0), result(1.2))
-    assert told == "step, case: time, ours / theirs was 0.5, is 0.6"
+    def told(seconds: list[float]) -> list[str]:
+        found = result()["benchmarks"]["step"]
+        found["cases"][0]["seconds"]["ours"] = seconds
+        return command.slower("step", result(1.0), found)
+
+    assert told([1.05] * 3) == []
+    assert told([1.2] * 3) == ["step, case: time, ours / theirs was 0.5, is 0.6"]
+    (line,) = told([0.9, 1.2, 1.3])
+    assert line == f"step, case: time, ours / theirs was 0.5, is 0.6 (0.45 to 0.65){command.OPEN}"
+
+
+def test_what_is_open_is_measured_again_and_then_said_to_be_open(monkeypatch) -> None:
+    runs = iter([[0.9, 1.2, 1.3], [1.2] * 9, [5.0] * 3])
+
+    def run_apart(name: str, args: object) -> dict:
+        found = result()["benchmarks"]["step"]
+        seconds = next(runs)
+        found["cases"][0]["seconds"] = {"ours": seconds, "theirs": [2.0] * len(seconds)}
+        return found
+
+    monkeypatch.setattr(command, "run_apart", run_apart)
+    (line,) = command.compared("step", result(1.0), command.parser().parse_args([]))
+    assert line.endswith("is 0.6"), "the second run settles it, and a third is not made"
+    assert next(runs) == [5.0] * 3
+    runs = iter([[0.9, 1.2, 1.3]] * command.MEASURED)
+    (line,) = command.compared("step", result(1.0), command.parser().parse_args([]))
+    assert line.endswith(command.OPEN)
+
+
+@pytest.mark.parametrize(("samples", "expected"), [
+    ([3.0], (3, 3, 3)), (range(5), (2, 0, 4)), (range(6), (2.5, 0, 5)), (range(15), (7, 3, 11)),
+    (range(100), (49.5, 39, 60)),
+])  # fmt: skip
+def test_the_interval_of_a_median_is_that_of_the_binomial_distribution(samples, expected) -> None:
+    assert harness.median(samples) == expected
+
+
+@pytest.mark.parametrize(("found", "verdict"), [((0.9, 0.8, 1.2), "yes"), ((1.1, 1.0, 1.2), "within noise"),
+                                               ((1.1, 1.01, 1.2), "no")])  # fmt: skip
+def test_a_verdict_knows_the_noise(found, verdict) -> None:
+    assert Target("seconds", "ours", "theirs", at_most=1.0).verdict(*found) == verdict
+    turned = tuple(1 / x for x in found)
+    assert Target("seconds", "ours", "theirs", at_least=1.0).verdict(*turned) == verdict
 
 
 def test_the_committed_page_is_that_of_the_committed_results(tmp_path) -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import data, denoising, simulation
+from benchmarks import busy, data, denoising, simulation
 from benchmarks.harness import Case, Options
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -46,6 +46,13 @@ def test_simulation(device):
     assert len(errors) == 2 and max(errors) < 1e-3
     assert len(cases[0].seconds) + len(cases[0].gaps) == 4
     assert len(cases[1].seconds) + len(cases[1].gaps) == 2
+
+
+@pytest.mark.slow
+def test_the_demo_beside_a_busy_process():
+    (case,) = busy.run(options("cpu"))
+    check(case)
+    assert set(case.seconds) == {busy.QUIET, busy.BUSY}
 
 
 def test_a_missing_peer_is_a_gap(monkeypatch):
