@@ -34,7 +34,7 @@ def run(options: Options) -> list[Case]:
     """One case: whole runs of the command, in turns."""
     preset = "smoke" if options.quick else "demo"
     case = Case(f"run {preset}, {'as it is' if options.quick else ' '.join(SMALLER)}", {QUIET: [], BUSY: []})
-    for _ in range(1 if options.quick else 3):
+    for _ in range(1 if options.quick else min(options.rounds, 3)):
         case.seconds[QUIET].append(_demo(preset))
         with _neighbour():
             case.seconds[BUSY].append(_demo(preset))
