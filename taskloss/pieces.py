@@ -30,6 +30,7 @@ from taskloss.trees import tensors_in
 _LIMITS = (0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.04)  # of what the network keeps, that a piece may keep at most
 _WORTH = 0.01  # of what the network keeps, that a piece must save at least: its second run takes time
 _ENOUGH = 0.45  # of what the network keeps: a peak below it is not bought with further second runs
+_NEARLY = 0.03  # of what the network keeps, that may wait between the passes for fewer second runs
 _local = threading.local()
 
 
@@ -202,13 +203,22 @@ def find(network: nn.Module, run: Callable[[], Any], device: torch.device) -> li
 
 
 def _needed(peak: float, pieces: list[nn.Module], watch: _Watch) -> list[nn.Module]:
-    """Without the pieces that save least, as long as the peak stays where it is, or low enough."""
-    enough = max(peak, _ENOUGH * watch.total)
+    """Without the pieces that save least, as long as peak and rest stay where they are (nearly), or low enough."""
+    low = _ENOUGH * watch.total
+    highest, most = max(peak, low), max(_rest(pieces, watch) + _NEARLY * watch.total, low)
     for piece in sorted(pieces, key=lambda piece: watch.held[piece].saved):
         fewer = [other for other in pieces if other is not piece]
-        if fewer and _peak(fewer, watch) <= enough:
+        if fewer and _peak(fewer, watch) <= highest and _rest(fewer, watch) <= most:
             pieces = fewer
     return pieces
+
+
+def _rest(pieces: list[nn.Module], watch: _Watch) -> int:
+    """What is kept between the forward and the backward pass."""
+    given: dict[int, int] = {}
+    for piece in pieces:
+        given |= watch.held[piece].given
+    return watch.total - sum(watch.held[piece].kept for piece in pieces) + sum(given.values())
 
 
 def _within(module: nn.Module, held: dict[nn.Module, _Held], most: float, least: float) -> Iterator[nn.Module]:
@@ -224,12 +234,12 @@ def _within(module: nn.Module, held: dict[nn.Module, _Held], most: float, least:
 def _peak(pieces: list[nn.Module], watch: _Watch) -> float:
     """The most that is kept at once in the backward pass, which frees what follows a piece before it gets there."""
     given: dict[int, int] = {}
-    gone, highest = 0, 0
+    gone, highest = 0, _rest(pieces, watch)
     for held in sorted((watch.held[piece] for piece in pieces), key=lambda held: held.before):
         given |= held.given
         highest = max(highest, held.before - gone + sum(given.values()) + held.kept)
         gone += held.kept
-    return max(highest, watch.total - gone + sum(given.values()))
+    return highest
 
 
 def _is_plain(module: nn.Module) -> bool:
