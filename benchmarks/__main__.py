@@ -55,9 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(chain.from_iterable(compared(name, committed, args) for name in args.names or NAMES)))
         return 0
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() and args.names else {"benchmarks": {}}
-    found |= {"machine": describe_machine(args.device), "commit": commit(), "versions": versions()}
+    found |= {"machine": describe_machine(args.device), "versions": versions()}
+    at = {"commit": commit()}  # of each benchmark: some are measured anew while others stay
     for benchmark in args.names or NAMES:
-        found["benchmarks"][benchmark] = run_apart(benchmark, args)
+        found["benchmarks"][benchmark] = run_apart(benchmark, args) | at
         args.results.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".part")
         unfinished.write_text(json.dumps(found, indent=1) + "\n")

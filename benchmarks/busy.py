@@ -1,7 +1,7 @@
 """The demo, smaller, with the machine to itself and beside another process that trains on as many threads as cores.
 
-Two processes whose threads wait for each other by spinning can slow each other down far more than twice; the example's
-small work runs on one thread for that.
+Two processes whose threads wait for each other by spinning slow each other down far more than twice; the example lets
+its own sleep (`OMP_WAIT_POLICY`, in its first file).
 """
 
 from __future__ import annotations
@@ -66,5 +66,9 @@ def _neighbour() -> Iterator[None]:
         try:
             time.sleep(5)
             yield
+            if process.poll() is not None:
+                raise RuntimeError(
+                    f"the busy process ended with status {process.returncode}: beside it, nothing was busy"
+                )
         finally:
             process.kill()

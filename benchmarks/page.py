@@ -63,7 +63,7 @@ def machine_part(name: str, found: Found, results: Path) -> str:
     lines = [
         f"## {name}",
         "",
-        f"{about}. Commit {found['commit']}. {total / 60:.0f} minutes in all. {installed}.",
+        f"{about}. {total / 60:.0f} minutes in all. {installed}.",
         "",
         "| benchmark | case | what | target | measured | met |",
         "|---|---|---|---|---|---|",
@@ -94,7 +94,8 @@ def machine_part(name: str, found: Found, results: Path) -> str:
 
 def details(benchmark: Found) -> str:
     """Every case's medians, peaks, agreement, values and notes."""
-    lines = [f"{benchmark['threads']} threads, {benchmark['rounds']} rounds, {benchmark['seconds']:.0f} s.", ""]
+    about = f"{benchmark['threads']} threads, {benchmark['rounds']} rounds, {benchmark['seconds']:.0f} s"
+    lines = [f"{about}; at commit {benchmark['commit']}.", ""]
     for case in benchmark["cases"]:
         lines += [f"**{case['name']}**", ""]
         if case["seconds"]:

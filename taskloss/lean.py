@@ -78,10 +78,13 @@ def in_a_piece(is_lean: bool) -> Iterator[None]:
             mode.in_a_piece = True
             yield
         return
-    if mode is not None:
-        mode.normalised, mode.in_a_piece = None, True
-    yield
-    if mode is not None:
+    if mode is None:
+        yield
+        return
+    mode.normalised, mode.in_a_piece = None, True
+    try:
+        yield
+    finally:
         mode.normalised, mode.in_a_piece = None, False
 
 

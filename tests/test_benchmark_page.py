@@ -23,7 +23,8 @@ def result(seconds: float = 1.0, **changes: object) -> dict:
         Target("peak_bytes", "ours", "theirs", at_most=0.4),
     ]
     benchmark = {"about": "About.", "cases": [asdict(case)], "threads": 1, "rounds": 3, "seconds": 9.0, "peak_bytes": 0}
-    machine = {"machine": {"device": "cpu"}, "commit": "abc", "versions": {"torch": "2"}}
+    benchmark["commit"] = "abc"
+    machine = {"machine": {"device": "cpu"}, "versions": {"torch": "2"}}
     return {**machine, "benchmarks": {"step": {**benchmark, **changes}}}
 
 
@@ -64,6 +65,7 @@ def test_the_page_says_which_targets_are_met_and_why_others_are_not(tmp_path) ->
     text = (tmp_path / "page.md").read_text()
     assert "| step | case | time, ours / theirs | at most 0.6 | 0.5 | yes |" in text
     assert "| step | case | peak memory, ours / theirs | at most 0.4 | 0.5 | **no** |" in text
+    assert "1 threads, 3 rounds, 9 s; at commit abc." in text
     assert "- step: The peak is T's." in text and "![step](page/box-step.png)" in text
     assert (tmp_path / "page" / "box-step.png").stat().st_size > 1000
 

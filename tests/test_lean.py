@@ -86,7 +86,7 @@ LAYERS = {  # name: (the layer, the shape of its input, the share of autograd's 
     "leaky-relu": (nn.LeakyReLU(0.2), (2, 3, 8, 8), 0.3),
     "leaky-relu-in-place": (nn.Sequential(nn.BatchNorm2d(3), nn.LeakyReLU(0.1, inplace=True)), (2, 3, 8, 8), 0.3),
     "leaky-relu-negative": (nn.Sequential(nn.BatchNorm2d(3), nn.LeakyReLU(-0.2)), (2, 3, 8, 8), 1),
-    "hardtanh-narrow": (nn.Sequential(nn.BatchNorm2d(3), nn.Hardtanh(0.1, 0.2)), (2, 3, 8, 8), 1),
+    "hardtanh-narrow": (nn.Sequential(nn.BatchNorm2d(3), nn.Hardtanh(0.1, 0.2)), (2, 3, 8, 8), 0.3),
     "prelu": (nn.Sequential(nn.BatchNorm2d(3), nn.PReLU()), (2, 3, 8, 8), 0.3),
     "prelu-of-channels": (nn.Sequential(nn.BatchNorm3d(3), nn.PReLU(3, 0.3)), (2, 3, 4, 4, 4), 0.3),
     "relu6": (nn.Sequential(nn.BatchNorm2d(3), nn.ReLU6(inplace=True)), (2, 3, 8, 8), 0.3),

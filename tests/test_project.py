@@ -54,6 +54,13 @@ def test_whatever_the_code_cites_is_among_the_references() -> None:
                 assert year in listed.get(name, ()), f"{file.name}: {name} et al., {year}"
 
 
+def test_the_numbers_of_the_page_on_lean_networks_are_those_of_the_code() -> None:
+    from taskloss import lean, pieces
+
+    page = (ROOT / "docs" / "lean.md").read_text()
+    assert f"fewer than {lean._SMALL:,} values" in page and f"below {pieces._ENOUGH:g} of what T keeps" in page
+
+
 def test_every_python_version_told_is_tested() -> None:
     told = re.findall(r"Python :: (3\.\d+)", "\n".join(pyproject()["project"]["classifiers"]))
     if not WORKFLOWS:

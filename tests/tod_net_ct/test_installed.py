@@ -61,3 +61,12 @@ def test_without_the_extra_help_works_and_a_missing_package_is_named(installed, 
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     if package:
         assert done.stderr == f"{package}: expected this package, got none; pip install 'taskloss[ct]'\n"
+
+
+@pytest.mark.parametrize(("given", "found"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise(given, found) -> None:
+    """Set before torch is there, for OpenMP reads it once."""
+    code = "import examples.tod_net_ct, os, sys; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    clean = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean | given, capture_output=True, text=True)
+    assert done.stdout.split() == [found, "False"], done.stderr
