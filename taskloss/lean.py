@@ -168,8 +168,6 @@ def _rectify(mode: Lean, x: Tensor, compute: Any, inplace: bool, mask_of: Any, b
         return layers.NormaliseRectify.apply(x, z, compute, mask_of, below, *state)
     if below is not None:
         return layers.saving(lambda: compute(x), layers.keep_mask(mask_of))
-    if inplace and x._is_view():  # what is overwritten is others' as well, and they go back through it
-        return NotImplemented
     return layers.Rectify.apply(x, compute, mask_of, inplace)
 
 

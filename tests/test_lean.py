@@ -362,21 +362,32 @@ def test_checkpointing_by_the_caller(reentrant: bool) -> None:
     assert torch.equal(*gradients)
 
 
-def test_an_in_place_change_is_seen_by_whoever_holds_the_tensor() -> None:
-    class Twice(nn.Module):
+@pytest.mark.parametrize("overwrite", [
+    lambda y: F.relu_(y[:, 1:3]), lambda y: F.relu6(y.transpose(1, 2)[:, ::2], inplace=True),
+    lambda y: F.relu_(y.view(-1)), lambda y: F.leaky_relu_(y[..., 1:], 0.1), lambda y: F.hardtanh_(y[:1], -0.2, 0.3),
+], ids=["channels", "strided", "flat", "leaky", "hardtanh"])  # fmt: skip
+def test_an_in_place_change_is_seen_by_whoever_holds_the_tensor(overwrite) -> None:
+    class Overwrites(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv, self.relu = nn.Conv2d(1, 2, 3), nn.ReLU(inplace=True)
+            self.conv = nn.Conv2d(1, 4, 3)
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.conv(x)
-            left, right = y[:1], y[1:]  # views of one tensor
-            self.relu(right)
-            return y + self.relu(left)
+            held = y[:, :2]  # a view of what is overwritten
+            overwrite(y)
+            return y.square() + held.mean()
 
-    (plain, lean), _ = both(Twice(), torch.randn(2, 1, 6, 6))
+    net = Overwrites()
+    (plain, lean), _ = both(net, torch.randn(2, 1, 8, 8))
     assert torch.equal(plain[0], lean[0])
     assert torch.equal(plain[1], lean[1])
+    seconds = []
+    for on in (False, True):
+        leaf = torch.linspace(-1, 1, 128).view(2, 1, 8, 8).requires_grad_()
+        (gradient,) = torch.autograd.grad(Frozen(net, lean=on)(leaf).sum(), leaf, create_graph=True)
+        seconds.append(torch.autograd.grad(gradient.square().sum(), leaf)[0])
+    torch.testing.assert_close(*seconds)
 
 
 def test_hooks_and_subclasses_see_the_same() -> None:
