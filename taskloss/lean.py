@@ -166,9 +166,7 @@ def _rectify(mode: Lean, x: Tensor, compute: Any, inplace: bool, mask_of: Any, b
     if inplace and mode.normalised is not None and mode.normalised[0] is x:  # nobody has seen what is overwritten
         z, *state = mode.normalised[1]
         return layers.NormaliseRectify.apply(x, z, compute, mask_of, below, *state)
-    if below is not None:
-        return layers.saving(lambda: compute(x), layers.keep_mask(mask_of))
-    return layers.Rectify.apply(x, compute, mask_of, inplace)
+    return layers.Rectify.apply(x, compute, mask_of, inplace, below)
 
 
 def _relu(mode: Lean, func: Any, input: Tensor, inplace: bool = False) -> Any:
@@ -178,13 +176,19 @@ def _relu(mode: Lean, func: Any, input: Tensor, inplace: bool = False) -> Any:
 
 def _leaky_relu(mode: Lean, func: Any, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
     inplace = inplace or _in_place(func)
+    if negative_slope < 0:  # what is left does not tell what was there
+        return NotImplemented
     compute = functools.partial(F.leaky_relu, negative_slope=negative_slope, inplace=inplace)
-    return _rectify(mode, input, compute, inplace and negative_slope > 0, _is_positive, float(negative_slope))
+    return _rectify(mode, input, compute, inplace, _is_positive, float(negative_slope))
 
 
-def _prelu(_: Lean, func: Any, input: Tensor, weight: Tensor) -> Any:
+def _prelu(mode: Lean, func: Any, input: Tensor, weight: Tensor) -> Any:
     if not _frozen(weight):
         return NotImplemented
+    if weight.numel() == 1 and weight.device.type == "cpu" and (slope := weight.item()) >= 0:
+        # Autograd's own kernel computes the slope's gradient too, which nobody asks for. On CUDA reading the slope
+        # would make the host wait.
+        return _rectify(mode, input, lambda x: func(x, weight), False, _is_positive, slope)
     signed = functools.partial(torch.sub, other=0.5)  # second derivatives ask whether it is negative
     return layers.saving(lambda: func(input, weight), layers.keep_mask(_is_positive, signed))
 

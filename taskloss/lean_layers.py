@@ -107,21 +107,23 @@ class Normalise(Function):
 
 
 class Rectify(Function):
-    """A rectifier whose gradient passes or does not: keeps one byte for each value."""
+    """A rectifier whose gradient passes, or is ``below`` times what it was (None: 0); keeps a byte for each value."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, compute: Callable[[Tensor], Tensor], mask_of: Callable[[Tensor], Tensor], inplace: bool
-    ) -> Tensor:
+        ctx: Any, x: Tensor, compute: Callable[[Tensor], Tensor], mask_of: Callable[[Tensor], Tensor], inplace: bool,
+        below: float | None,
+    ) -> Tensor:  # fmt: skip
         y = compute(x)
         if inplace:
             ctx.mark_dirty(y)
         ctx.save_for_backward(mask_of(y))
+        ctx.below = below
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        return _gated(g, ctx.saved_tensors[0], None), None, None, None
+        return _gated(g, ctx.saved_tensors[0], ctx.below), *[None] * 5
 
 
 class NormaliseRectify(Function):

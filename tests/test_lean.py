@@ -88,6 +88,7 @@ LAYERS = {  # name: (the layer, the shape of its input, the share of autograd's 
     "leaky-relu-negative": (nn.Sequential(nn.BatchNorm2d(3), nn.LeakyReLU(-0.2)), (2, 3, 8, 8), 1),
     "hardtanh-narrow": (nn.Sequential(nn.BatchNorm2d(3), nn.Hardtanh(0.1, 0.2)), (2, 3, 8, 8), 0.3),
     "prelu": (nn.Sequential(nn.BatchNorm2d(3), nn.PReLU()), (2, 3, 8, 8), 0.3),
+    "prelu-negative": (nn.Sequential(nn.BatchNorm2d(3), nn.PReLU(1, -0.3)), (2, 3, 8, 8), 0.3),
     "prelu-of-channels": (nn.Sequential(nn.BatchNorm3d(3), nn.PReLU(3, 0.3)), (2, 3, 4, 4, 4), 0.3),
     "relu6": (nn.Sequential(nn.BatchNorm2d(3), nn.ReLU6(inplace=True)), (2, 3, 8, 8), 0.3),
     "hardtanh": (nn.Sequential(nn.BatchNorm2d(3), nn.Hardtanh(-0.6, 0.4)), (2, 3, 8, 8), 0.3),
@@ -266,7 +267,15 @@ def test_attention_of_one_tensor_on_itself_is_autograds() -> None:
 
 def test_a_nan_passes_as_it_does_in_autograd() -> None:
     x = torch.tensor([[[float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 2.0]]])
-    for layer in (nn.ReLU(), nn.LeakyReLU(0.1), nn.Hardtanh(), nn.ReLU6(), nn.PReLU()):
+    for layer in (
+        nn.ReLU(),
+        nn.LeakyReLU(0.1),
+        nn.Hardtanh(),
+        nn.ReLU6(),
+        nn.PReLU(),
+        nn.PReLU(1, 0.0),
+        nn.PReLU(1, -1.0),
+    ):
         gradients = []
         for lean in (False, True):
             leaf = x.clone().requires_grad_()
@@ -291,7 +300,8 @@ def test_second_derivatives_are_autograds() -> None:
     torch.testing.assert_close(*penalties, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["conv2d", "conv-transpose2d", "batch-norm2d", "avg-pool2d", "prelu", "max-pool2d"])
+@pytest.mark.parametrize("name", ["conv2d", "conv-transpose2d", "batch-norm2d", "avg-pool2d", "prelu", "leaky-relu",
+                                  "prelu-negative", "max-pool2d"])  # fmt: skip
 def test_gradgradcheck_of_a_layer(name: str) -> None:
     layer, shape, _ = LAYERS[name]
     frozen = Frozen(copy.deepcopy(layer).double())
