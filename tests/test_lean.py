@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from taskloss import Frozen, TaskConsistencyLoss, TaskOrientedLoss
 from taskloss import lean as lean_module
-from tests.test_ecosystem import CASES
+from tests.ecosystem import CASES
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taskloss import InputError, TaskOrientedLoss
-from tests.test_ecosystem import boxes, fcos, retinanet, total
+from tests.ecosystem import boxes, fcos, retinanet, total
 
 
 class Careless(nn.Module):
