@@ -48,7 +48,8 @@ class TaskConsistencyLoss(Term):
         copy: Keep a deep copy of the network (default); False freezes the caller's own in place.
         checkpoint: Recompute the activations of x_hat's branch in the backward pass instead of storing them.
         lean: Keep only what the gradient at x_hat needs (default; see :class:`Frozen`).
-        fold: Put batch norm into the convolution before it: faster, equal up to rounding (see :class:`Frozen`).
+        fold: Faster, equal up to rounding: batch norm in the convolution before it, and a faster 3-D convolution on
+            a CPU (see :class:`Frozen`).
         cache: Keep the reference's features and reuse them while an equal reference comes again (fitting one image
             for many steps, balancing after logging), unless ``preprocess`` is random. Costs a comparison with a copy
             of the reference, and a device sync; with ``copy=False`` a look at every weight too.

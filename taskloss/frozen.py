@@ -16,6 +16,7 @@ from taskloss import lean as _lean
 from taskloss import pieces as _pieces
 from taskloss.arguments import arguments, label_name
 from taskloss.checks import InputError
+from taskloss.conv3d import quicken_
 from taskloss.features import capture
 from taskloss.folding import fold_
 from taskloss.holdings import (
@@ -59,10 +60,11 @@ class Frozen(nn.Module):
             moved.
         lean: Keep for the backward pass only what the gradient at the input needs (default): no layer's input for
             gradients of weights, one byte for each value of a rectifier. Values and gradients stay as they are.
-        fold: Put batch norm into the weights of the convolution before it, where that is its only reader (found by
-            ``torch.fx``, or within ``nn.Sequential``). Faster; outputs differ by rounding, and so do gradients,
-            which jump where that takes a rectifier across zero. A folded convolution gives what its norm gave, and
-            :meth:`digest` is that of the folded weights.
+        fold: Faster, equal up to rounding: puts batch norm into the weights of the convolution before it, where that
+            is its only reader (found by ``torch.fx``, or within ``nn.Sequential``), and lets 3-D convolutions of a
+            single volume on a CPU take oneDNN's kernel where PyTorch takes a slower one. Gradients differ by
+            rounding too, and jump where that takes a rectifier across zero. A folded convolution gives what its norm
+            gave, and :meth:`digest` is that of the folded weights.
 
     Raises:
         TypeError: If ``network`` is not an ``nn.Module``.
@@ -114,6 +116,7 @@ class Frozen(nn.Module):
         for _, module in modules:
             module.training = False
         self.n_folded: int | None = fold_(network) if fold else None  # batch norms that went into a convolution
+        self.n_quick = quicken_(network) if fold else 0  # 3-D convolutions that may take a faster kernel
         # A list is invisible to nn.Module's registry; that is the whole trick.
         self._hidden = [network]
         registered = set(network.modules())
@@ -224,7 +227,8 @@ class Frozen(nn.Module):
         made = f" ({', '.join(f'{n} {name}' for name, n in self.made_lean.items())})" if self.made_lean else ""
         pieces = f" ({self.n_pieces} pieces)" if self.n_pieces else ""
         words = f"{type(self.network).__name__}, {count:,} parameters, checkpoint={self.checkpoint}{pieces}"
-        folded = "" if self.n_folded is None else f", fold=True ({self.n_folded} batch norms)"
+        quick = f", {self.n_quick} 3-D convolutions" if self.n_quick else ""
+        folded = "" if self.n_folded is None else f", fold=True ({self.n_folded} batch norms{quick})"
         return f"{words}, lean={self.lean}{made}{folded}"
 
     def _run(self, function: Callable[..., Any], /, *inputs: Any, **named: Any) -> Any:

@@ -81,7 +81,7 @@ def keep_mask(mask_of: Callable[[Tensor], Tensor], stand_in: Callable[[Tensor], 
         dtype = tensor.dtype
 
         def back(mask: Tensor) -> Tensor:
-            found = mask.to(dtype)
+            found = mask.view(torch.uint8).to(dtype)
             return found if stand_in is None else stand_in(found)
 
         return mask_of(tensor), back
@@ -153,10 +153,10 @@ def _gated(g: Tensor, mask: Tensor, below: float | None) -> Tensor:
     if g.requires_grad:  # it will be differentiated
         return torch.where(mask, g, torch.zeros_like(g) if below is None else g * below)
     if below is not None:
-        return aten.leaky_relu_backward(g, mask.to(g.dtype), below, True)  # type: ignore[no-any-return]
+        return aten.leaky_relu_backward(g, mask.view(torch.uint8).to(g.dtype), below, True)  # type: ignore[no-any-return]
     # In whole numbers, a product with 0 is 0 even where the gradient is not finite; a selection is far slower.
     whole = _WHOLE[g.element_size()]
-    return mask.to(whole).mul_(g.view(whole)).view(g.dtype)
+    return mask.view(torch.uint8).to(whole).mul_(g.view(whole)).view(g.dtype)
 
 
 def _scaled(g: Tensor, factors: Any, eps: float, own: bool = False) -> Tensor:

@@ -60,7 +60,8 @@ class TaskOrientedLoss(Term):
         copy: Keep a deep copy of T (default); False freezes the caller's own network in place.
         checkpoint: Recompute T's activations in the backward pass instead of storing them.
         lean: Keep only what the gradient at x_hat needs (default; see :class:`Frozen`).
-        fold: Put batch norm into the convolution before it: faster, equal up to rounding (see :class:`Frozen`).
+        fold: Faster, equal up to rounding: batch norm in the convolution before it, and a faster 3-D convolution on
+            a CPU (see :class:`Frozen`).
         ensemble: With several networks, ``"mean"`` or ``"turns"`` (one per training call, not in eval mode or under
             ``no_grad``; the turn is in ``state_dict``).
         missing: A sample whose label is filled with this value alone has no label, in tensors, lists, tuples and
