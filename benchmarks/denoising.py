@@ -10,8 +10,7 @@ from torch import Tensor
 
 from benchmarks.harness import Case, Options, Target, agree, compare, peak_bytes, process_peak_bytes, without
 from examples.tod_net_ct.dose import WINDOW_HU, to_hu, to_unit
-from examples.tod_net_ct.inference import denoise_volume, far_outside
-from examples.tod_net_ct.inference.tiles import best_size, cut
+from examples.tod_net_ct.inference import best_size, cut, denoise_volume, far_outside
 from examples.tod_net_ct.networks import Denoiser
 
 WIDTH = 4

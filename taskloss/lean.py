@@ -24,6 +24,7 @@ aten = torch.ops.aten
 Rule = Callable[..., Any]
 _local = threading.local()
 _DROPOUT = frozenset((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout))
+_NARROW = 128  # features up to which a linear layer is computed again: it takes about as long as GELU does
 _SMALL = 1 << 15  # a tensor of fewer values is left to autograd: a call through Python takes longer than it saves
 
 
@@ -33,6 +34,8 @@ class Lean(TorchFunctionMode):
     Attributes:
         made: How often each function was made lean, by name.
         normalised: The result of the function before, where that was a batch norm, and what its gradient needs.
+        widened: The result of the function before, where that was a layer norm or a linear layer on one, the norm's
+            input, and what makes the result of it again.
         in_a_piece: Whether what runs will be computed again at once, so that nothing in it need be computed thrice.
     """
 
@@ -42,6 +45,7 @@ class Lean(TorchFunctionMode):
         super().__init__()
         self.made: Counter[str] = Counter()
         self.normalised: tuple[Tensor, tuple[Any, ...]] | None = None
+        self.widened: tuple[Tensor, Tensor, Callable[[Tensor], Tensor]] | None = None
 
     def __enter__(self) -> Lean:
         self._before, _local.mode = getattr(_local, "mode", None), self
@@ -61,8 +65,10 @@ class Lean(TorchFunctionMode):
                 self.made[func.__name__] += 1
                 if func is not F.batch_norm:
                     self.normalised = None
+                self.widened = None
                 return found
         found = func(*args, **kwargs)
+        self.widened = _widened(self.widened, func, found, args, kwargs) if func in _WIDENING else None
         # Dropout in eval mode gives back what it got: a rectifier after it still follows the batch norm.
         if self.normalised is not None and not (func in _DROPOUT and found is self.normalised[0]):
             self.normalised = None
@@ -81,11 +87,11 @@ def in_a_piece(is_lean: bool) -> Iterator[None]:
     if mode is None:
         yield
         return
-    mode.normalised, mode.in_a_piece = None, True
+    mode.normalised, mode.widened, mode.in_a_piece = None, None, True
     try:
         yield
     finally:
-        mode.normalised, mode.in_a_piece = None, False
+        mode.normalised, mode.widened, mode.in_a_piece = None, None, False
 
 
 def is_possible() -> bool:
@@ -231,6 +237,28 @@ def _attention(mode: Lean, func: Any, query: Tensor, key: Tensor, value: Tensor,
     return layers.Attend.apply(query, key, value, attn_mask, compute)
 
 
+def _gelu(mode: Lean, func: Any, input: Tensor, **more: Any) -> Any:
+    """After a layer norm and a narrow linear layer: what they make of the norm's input is made again."""
+    if mode.widened is None or mode.widened[0] is not input or mode.in_a_piece:
+        return NotImplemented
+    _, x, again = mode.widened
+    if torch.is_autocast_enabled(x.device.type):
+        return NotImplemented
+    return layers.Bend.apply(input, x, again, func, more)
+
+
+def _widened(before: Any, func: Any, found: Tensor, args: Any, kwargs: Any) -> Any:
+    """What is known of a layer norm's result, or of that of a linear layer on one."""
+    x, *rest = args
+    if not _plain(args) or not _frozen(*(t for t in (*rest, *kwargs.values()) if isinstance(t, Tensor))):
+        return None
+    if func is F.layer_norm:
+        return found, x, lambda x: func(x, *rest, **kwargs)
+    if before is None or before[0] is not x or x.shape[-1] > _NARROW:
+        return None
+    return found, before[1], lambda x: func(before[2](x), *rest, **kwargs)
+
+
 def _in_place(func: Any) -> bool:
     return bool(func.__name__.endswith("_"))
 
@@ -249,4 +277,6 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys((F.max_pool3d, torch.max_pool3d), _max_pool(3)),
     **dict.fromkeys((F.avg_pool2d, F.avg_pool3d), _pool),
     F.scaled_dot_product_attention: _attention,
+    F.gelu: _gelu,
 }
+_WIDENING = (F.layer_norm, F.linear)

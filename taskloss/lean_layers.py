@@ -196,6 +196,24 @@ class Attend(Function):
         return *(next(found) if t.requires_grad else None for t in leaves), None, None
 
 
+class Bend(Function):
+    """GELU of what is made again from a tensor that is kept anyway, instead of its input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, x: Tensor, again: Callable[[Tensor], Tensor], function: Callable[..., Tensor],
+        more: dict[str, Any],
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x)
+        ctx.again, ctx.more = again, more
+        return function(u, **more)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        u = ctx.again(ctx.saved_tensors[0])  # differentiable, where the gradient will be
+        return aten.gelu_backward(g, u, **ctx.more), *[None] * 4
+
+
 def is_dense(x: Tensor) -> bool:
     """Whether the elements fill their stretch of memory without gaps, in one of the usual orders."""
     return x.is_contiguous() or x.is_contiguous(memory_format=_order(x))

@@ -39,6 +39,13 @@ def test_the_memory_line_is_that_of_the_lean_benchmark_where_there_is_one() -> N
     line = front.memory({"lean": {"cases": cases}})
     assert "0.30 (A) to 0.90 (B)" in line and "median 0.40 of 3 networks" in line
     assert line.endswith("at the same gradient and 0.95 to 1.10 times the time (median 1.00).")
+    for case, time in zip(cases, (0.5, 0.25), strict=False):
+        case["targets"] = [target, {**target, "ours": "lean, fold=True"}]
+        case["seconds"]["lean, fold=True"] = [time]
+    line = front.memory({"lean": {"cases": cases}})
+    assert line.endswith(
+        "`fold=True` takes 0.25 to 0.50 of the time of 2 3-D networks (one volume, CPU), equal up to rounding."
+    )
 
 
 def test_before_and_after_are_the_rows_of_the_best_confirming_comparison(tmp_path) -> None:

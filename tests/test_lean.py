@@ -99,6 +99,9 @@ LAYERS = {  # name: (the layer, the shape of its input, the share of autograd's 
     "avg-pool3d": (nn.Sequential(nn.BatchNorm3d(3), nn.AvgPool3d(2)), (2, 3, 8, 8, 8), 0),
     "dropout": (nn.Sequential(nn.BatchNorm2d(3), nn.Dropout2d(0.5)), (2, 3, 8, 8), 0),
     "gelu": (nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.GELU()), (2, 3, 8, 8), 0.5),
+    "gelu-wide": (nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)), (2, 9, 8), 0.35),
+    "gelu-tanh": (nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 32), nn.GELU(approximate="tanh")), (2, 9, 8), 0.35),
+    "gelu-too-wide": (nn.Sequential(nn.LayerNorm(256), nn.Linear(256, 512), nn.GELU()), (2, 5, 256), 1),
     "silu": (nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.SiLU(inplace=True)), (2, 3, 8, 8), 0.5),
     "hardswish": (nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Hardswish()), (2, 3, 8, 8), 0.5),
     "elu": (nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ELU()), (2, 3, 8, 8), 0.5),
@@ -250,6 +253,67 @@ def test_attention_keeps_no_output_and_has_second_derivatives() -> None:
             (gradient,) = torch.autograd.grad(Frozen(Attention(), lean=on)(x).square().sum(), x, create_graph=True)
             seconds.append(torch.autograd.grad(gradient.square().sum(), x)[0])
     torch.testing.assert_close(*seconds)
+
+
+@pytest.mark.parametrize(
+    ("network", "made"),
+    [
+        (nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 8), nn.GELU()), {"gelu": 1}),
+        (nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 8), nn.Linear(8, 8), nn.GELU(), nn.GELU()), {"gelu": 1}),
+        (nn.Sequential(nn.Linear(4, 8), nn.GELU()), {}),
+        (nn.Sequential(nn.Linear(4, 129), nn.LayerNorm(129), nn.Linear(129, 8), nn.GELU()), {}),
+        (nn.Sequential(nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 8), nn.GELU()), {}),
+        (nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 8), nn.ReLU(inplace=True), nn.GELU()), {"relu": 1}),
+    ],
+    ids=["once", "two-layers", "no-norm", "wide", "between", "overwritten"],
+)
+def test_gelu_is_given_its_input_again_where_a_norm_and_linear_layers_made_it(network: nn.Module, made: dict) -> None:
+    (plain, lean), frozen = both(network, torch.randn(3, 5, 4))
+    assert frozen.made_lean == made
+    assert torch.equal(plain[0], lean[0]) and torch.equal(plain[1], lean[1])
+    seconds = []
+    for on in (False, True):
+        x = torch.linspace(-1, 1, 60, dtype=torch.float64).view(3, 5, 4).requires_grad_()
+        y = Frozen(network, lean=on).double()(x)
+        (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        seconds.append(torch.autograd.grad(gradient.square().sum(), x)[0])
+    torch.testing.assert_close(*seconds)
+
+
+def test_gelu_of_something_else_keeps_its_own() -> None:
+    class Crossed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            other = x.tanh()
+            z = self.norm(x)
+            u = self.linear(other)  # not of z
+            a = F.gelu(u)
+            u = self.linear(self.norm(x))
+            return a + F.gelu(z) + u
+
+    (plain, lean), frozen = both(Crossed(), torch.randn(3, 5, 4))
+    assert torch.equal(plain[0], lean[0]) and torch.equal(plain[1], lean[1])
+    assert frozen.made_lean == {}
+
+
+def test_what_a_norm_read_and_somebody_overwrote_is_told_as_by_autograd() -> None:
+    class Overwrites(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 8), nn.GELU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2
+            z = self.body(y)
+            y.add_(1)
+            return z + y.sum()
+
+    for lean in (False, True):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            Frozen(Overwrites(), lean=lean)(torch.rand(2, 4).requires_grad_()).sum().backward()
 
 
 def test_attention_of_one_tensor_on_itself_is_autograds() -> None:

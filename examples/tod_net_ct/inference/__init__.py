@@ -4,9 +4,11 @@ The command `denoise` restores one file; `denoise_volume` and `segment` serve th
 """
 
 from .segmentation import segment
-from .tiles import denoise_volume, far_outside, keep_outside
+from .tiles import best_size, cut, denoise_volume, far_outside, keep_outside
 
 __all__ = [
+    "best_size",
+    "cut",
     "denoise_volume",
     "far_outside",
     "keep_outside",
