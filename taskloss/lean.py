@@ -279,4 +279,4 @@ RULES: dict[Any, Rule] = {
     F.scaled_dot_product_attention: _attention,
     F.gelu: _gelu,
 }
-_WIDENING = (F.layer_norm, F.linear)
+_WIDENING = frozenset((F.layer_norm, F.linear))
