@@ -47,9 +47,8 @@ HEAD = """# Benchmarks
 Written by `make bench` from `benchmarks/results/`; nothing here is typed by hand. Every comparison first asserts that
 both sides compute the same within the tolerance given. The sides take turns within one process, so the machine's moods
 hit both; a ratio is the median over the rounds with its 95 % interval. A target is met within noise where the median
-misses it and the interval reaches it. While time is taken, freed memory stays with the process; the rows of commit
-9cd92fc62e8a are older than that. Memory is the peak of one turn above what was held before it, from the operating
-system on a CPU and from the allocator on CUDA.
+misses it and the interval reaches it. While time is taken, freed memory stays with the process. Memory is the peak of
+one turn above what was held before it, from the operating system on a CPU and from the allocator on CUDA.
 `make bench-compare` reports ratios that became worse by more than 10 %; where the intervals leave that open it measures
 again, up to three times, and then says so.
 """

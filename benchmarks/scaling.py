@@ -138,4 +138,5 @@ def _process(rank: int, n: int, options: Options, folder: str) -> None:
         seconds.append(time.perf_counter() - began)
     if rank == 0:
         (Path(folder) / "seconds.json").write_text(json.dumps(seconds[1:]))  # without the warm-up
+    dist.barrier()  # one that leaves while another still answers ends in an abort now and then
     dist.destroy_process_group()

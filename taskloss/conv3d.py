@@ -1,8 +1,9 @@
 """3-D convolutions of a single volume on a CPU, through oneDNN where PyTorch would take a far slower kernel.
 
-PyTorch leaves a batch of one with at most 20,480 values of channels x slices x rows to a kernel of its own, by a rule
-made for small images (``use_mkldnn`` in its ``aten/src/ATen/native/Convolution.cpp``). That kernel unfolds the volume
-into a matrix 27 times as large; oneDNN takes a fifth of its time in the middle levels of a U-Net, and rounds otherwise.
+PyTorch leaves a small batch of one to a kernel of its own, ``slow_conv3d``, by a rule made for images (``use_mkldnn``
+in its ``aten/src/ATen/native/Convolution.cpp``; up to 20,480 values of channels x slices x rows, as of torch 2.14). It
+unfolds the volume into a matrix 27 times as large. In the middle levels of a U-Net oneDNN takes a fifth of its time; it
+rounds otherwise.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
 aten = torch.ops.aten
-_LEFT = 20480  # values of channels x slices x rows up to which PyTorch takes its own kernel
+_OWN = frozenset((Tensor, nn.Parameter))
+_OWN_KERNELS: Any = torch._C._ConvBackend  # type: ignore[attr-defined]
+_ONES, _ZEROS = [1, 1, 1], [0, 0, 0]
 
 
 def quicken_(network: nn.Module) -> int:
@@ -28,7 +32,7 @@ def quicken_(network: nn.Module) -> int:
     Returns:
         How many may take it: those of stride 1 without groups that look at neighbours.
     """
-    found = [module for module in network.modules() if _may_gain(module)]
+    found = [module for module in network.modules() if type(module) is nn.Conv3d and _may_gain(module)]
     for module in found:
         module.__class__ = QuickConv3d
     return len(found)
@@ -38,9 +42,9 @@ class QuickConv3d(nn.Conv3d):
     """``nn.Conv3d`` that looks at its input before it takes a kernel."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not _is_left(input, weight, bias):
-            return super()._conv_forward(input, weight, bias)  # type: ignore[no-any-return]
-        return Direct.apply(input, weight, bias, self.padding, self.dilation)  # type: ignore[no-any-return]
+        if _may_gain(self) and _is_left(input, weight, bias, self.padding, self.dilation):
+            return Direct.apply(input, weight, bias, self.padding, self.dilation)  # type: ignore[no-any-return]
+        return super()._conv_forward(input, weight, bias)  # type: ignore[no-any-return]
 
 
 class Direct(Function):
@@ -53,17 +57,22 @@ class Direct(Function):
         ctx.save_for_backward(weight)
         ctx.dilation = dilation
         ctx.padding = [d * (k - 1) - p for p, d, k in zip(padding, dilation, weight.shape[2:], strict=True)]
-        return aten.mkldnn_convolution(x, weight, bias, padding, [1] * 3, dilation, 1)  # type: ignore[no-any-return]
+        order = (t.contiguous() for t in (x, weight))  # else oneDNN answers in theirs, which PyTorch's kernel does not
+        return aten.mkldnn_convolution(*order, bias, padding, _ONES, dilation, 1)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         (weight,) = ctx.saved_tensors
         turned = weight.transpose(0, 1).flip(2, 3, 4)
-        return Direct.apply(g, turned, None, ctx.padding, ctx.dilation), *[None] * 4
+        if _is_left(g, turned, None, ctx.padding, ctx.dilation):
+            found = Direct.apply(g, turned, None, ctx.padding, ctx.dilation)
+        else:
+            found = F.conv3d(g, turned, None, 1, ctx.padding, ctx.dilation)
+        return found, *[None] * 4
 
 
-def _may_gain(module: nn.Module) -> bool:
-    if type(module) is not nn.Conv3d or isinstance(module.padding, str) or module.padding_mode != "zeros":
+def _may_gain(module: nn.Conv3d) -> bool:
+    if isinstance(module.padding, str) or module.padding_mode != "zeros":
         return False
     # Padding by more than the kernel's reach would be cut off in the gradient, which no padding does.
     reach = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
@@ -71,22 +80,27 @@ def _may_gain(module: nn.Module) -> bool:
     return set(module.stride) == {1} and module.groups == 1 and math.prod(module.kernel_size) > 1 and within
 
 
-def _is_left(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether PyTorch would not take oneDNN here, though it could. Wrong sizes are left to PyTorch, which says so."""
-    return bool(
+def _is_left(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int | str], dilation: Sequence[int]
+) -> bool:
+    """Whether PyTorch would take its own kernel here, though oneDNN could do it."""
+    return (
         not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch.autograd.forward_ad._current_level < 0
-        and type(x) is Tensor
-        and x.dim() == 5
-        and len(x) == 1
-        and x.shape[1] == weight.shape[1]
-        and x.shape[1:4].numel() <= _LEFT
-        and min(x.shape) > 0
-        and all(t is None or (t.dtype is torch.float32 and t.device.type == "cpu") for t in (x, weight, bias))
+        and all(t is None or (type(t) in _OWN and _is_plain(t)) for t in (x, weight, bias))
         and not (weight.requires_grad or (bias is not None and bias.requires_grad))
+        and x.dim() == 5
         and torch._C._has_mkldnn
         and torch._C._get_mkldnn_enabled()
         and not torch.is_autocast_enabled("cpu")
+        and torch._C._select_conv_backend(  # a wrong size is refused here, in PyTorch's words
+            x, weight, bias, _ONES, padding, dilation, False, _ZEROS, 1, bias_sizes=None
+        )
+        in (_OWN_KERNELS.Slow3d, _OWN_KERNELS.SlowDilated3d)
     )
+
+
+def _is_plain(t: Tensor) -> bool:
+    return t.dtype is torch.float32 and t.device.type == "cpu" and t.layout is torch.strided

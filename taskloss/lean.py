@@ -24,7 +24,7 @@ aten = torch.ops.aten
 Rule = Callable[..., Any]
 _local = threading.local()
 _DROPOUT = frozenset((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout))
-_NARROW = 128  # features up to which a linear layer is computed again: it takes about as long as GELU does
+_NARROW = 128  # input features up to which a linear layer is computed again: that takes about as long as GELU
 _SMALL = 1 << 15  # a tensor of fewer values is left to autograd: a call through Python takes longer than it saves
 
 
@@ -34,8 +34,10 @@ class Lean(TorchFunctionMode):
     Attributes:
         made: How often each function was made lean, by name.
         normalised: The result of the function before, where that was a batch norm, and what its gradient needs.
-        widened: The result of the function before, where that was a layer norm or a linear layer on one, the norm's
-            input, and what makes the result of it again.
+        widened: The result of the function before, where that was a layer norm or a linear layer on one, its version,
+            the norm's input, and what makes the result of it again.
+        hooks: Of saved tensors, that are in force around the network. Where others are, a part of the network is
+            checkpointed by its own code: it will run again without this context, and must save the same then.
         in_a_piece: Whether what runs will be computed again at once, so that nothing in it need be computed thrice.
     """
 
@@ -45,10 +47,12 @@ class Lean(TorchFunctionMode):
         super().__init__()
         self.made: Counter[str] = Counter()
         self.normalised: tuple[Tensor, tuple[Any, ...]] | None = None
-        self.widened: tuple[Tensor, Tensor, Callable[[Tensor], Tensor]] | None = None
+        self.widened: tuple[Tensor, int, Tensor, Callable[[Tensor], Tensor]] | None = None
+        self.hooks: Any = None
 
     def __enter__(self) -> Lean:
         self._before, _local.mode = getattr(_local, "mode", None), self
+        self.hooks = layers.outer_hooks()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -58,8 +62,11 @@ class Lean(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling() or layers.outer_hooks() != self.hooks:
+            self.normalised = self.widened = None
+            return func(*args, **kwargs)
         rule = RULES.get(func)
-        if rule is not None and _plain(args) and not torch.compiler.is_compiling():
+        if rule is not None and _plain(args):
             found = rule(self, func, *args, **kwargs)
             if found is not NotImplemented:
                 self.made[func.__name__] += 1
@@ -87,11 +94,12 @@ def in_a_piece(is_lean: bool) -> Iterator[None]:
     if mode is None:
         yield
         return
-    mode.normalised, mode.widened, mode.in_a_piece = None, None, True
+    around = mode.hooks
+    mode.normalised, mode.widened, mode.in_a_piece, mode.hooks = None, None, True, layers.outer_hooks()
     try:
         yield
     finally:
-        mode.normalised, mode.widened, mode.in_a_piece = None, None, False
+        mode.normalised, mode.widened, mode.in_a_piece, mode.hooks = None, None, False, around
 
 
 def is_possible() -> bool:
@@ -115,6 +123,8 @@ def _plain(args: Any) -> bool:
         type(x) is Tensor
         and x.requires_grad
         and x.numel() >= _SMALL
+        and torch._C._functorch.peek_interpreter_stack() is None  # the network's own transforms
+        and torch.autograd.forward_ad._current_level < 0
         and x.layout is torch.strided
         and x.is_floating_point()
     )
@@ -182,9 +192,9 @@ def _relu(mode: Lean, func: Any, input: Tensor, inplace: bool = False) -> Any:
 
 def _leaky_relu(mode: Lean, func: Any, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
     inplace = inplace or _in_place(func)
-    if negative_slope < 0:  # what is left does not tell what was there
-        return NotImplemented
     compute = functools.partial(F.leaky_relu, negative_slope=negative_slope, inplace=inplace)
+    if not negative_slope >= 0:  # in place what is left does not tell what was there, as autograd will say
+        return NotImplemented if inplace else layers.saving(lambda: compute(input), layers.keep_mask(_is_positive))
     return _rectify(mode, input, compute, inplace, _is_positive, float(negative_slope))
 
 
@@ -226,7 +236,7 @@ def _hardtanh(mode: Lean, func: Any, input: Tensor, min_val: float = -1.0, max_v
 
 def _attention(mode: Lean, func: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None,
                dropout_p: float = 0.0, is_causal: bool = False, **more: Any) -> Any:  # fmt: skip
-    if mode.in_a_piece or dropout_p or not _frozen(attn_mask) or torch.is_autocast_enabled(query.device.type):
+    if mode.in_a_piece or dropout_p or not _frozen(attn_mask) or layers.casts(query.device):
         return NotImplemented
     if query is key or key is value or query is value:  # autograd adds their gradients up in an order of its own
         return NotImplemented
@@ -241,22 +251,28 @@ def _gelu(mode: Lean, func: Any, input: Tensor, **more: Any) -> Any:
     """After a layer norm and a narrow linear layer: what they make of the norm's input is made again."""
     if mode.widened is None or mode.widened[0] is not input or mode.in_a_piece:
         return NotImplemented
-    _, x, again = mode.widened
-    if torch.is_autocast_enabled(x.device.type):
+    _, version, x, again = mode.widened
+    if version != input._version or layers.casts(x.device) or not layers.sees_hooks():
         return NotImplemented
-    return layers.Bend.apply(input, x, again, func, more)
+    return layers.Bend.apply(input, layers.Place.apply(input), x.detach(), again, func, more)
 
 
 def _widened(before: Any, func: Any, found: Tensor, args: Any, kwargs: Any) -> Any:
     """What is known of a layer norm's result, or of that of a linear layer on one."""
+    if not _plain(args):
+        return None
     x, *rest = args
-    if not _plain(args) or not _frozen(*(t for t in (*rest, *kwargs.values()) if isinstance(t, Tensor))):
+    weights = [t for t in (*rest, *kwargs.values()) if isinstance(t, Tensor)]
+    if not _frozen(*weights):
         return None
     if func is F.layer_norm:
-        return found, x, lambda x: func(x, *rest, **kwargs)
-    if before is None or before[0] is not x or x.shape[-1] > _NARROW:
+        return found, found._version, x, lambda x: func(x, *rest, **kwargs)
+    # Autograd keeps no bias: one that is no parameter might be another by then.
+    own = all(type(t) is nn.Parameter for t in weights)
+    if before is None or before[0] is not x or before[1] != x._version or x.shape[-1] > _NARROW or not own:
         return None
-    return found, before[1], lambda x: func(before[2](x), *rest, **kwargs)
+    _, _, first, inner = before  # by name, or the closure would keep what is not to be kept
+    return found, found._version, first, lambda x: func(inner(x), *rest, **kwargs)
 
 
 def _in_place(func: Any) -> bool:

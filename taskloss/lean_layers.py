@@ -8,7 +8,8 @@ and `saving` replaces what is saved; the functions below are for those that woul
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,7 +20,29 @@ from torch.autograd.graph import saved_tensors_hooks
 aten = torch.ops.aten
 Kept = tuple[Tensor | None, Callable[[Any], Tensor] | None]
 _WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_outer_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.4 does not tell
+
+
+def outer_hooks() -> Any:
+    """The hooks of saved tensors that are in force: of checkpointing, or of moving to another device."""
+    return None if _top_hooks is None else _top_hooks(True)
+
+
+def sees_hooks() -> bool:
+    """Whether it can be told that a part of a network is checkpointed by its own code."""
+    return _top_hooks is not None
+
+
+def casts(device: torch.device) -> bool:
+    """Whether autocast is on."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+@contextlib.contextmanager
+def as_it_was(device: torch.device) -> Iterator[None]:
+    """Without autocast, whatever is on in the backward pass: what is computed again had none."""
+    with torch.autocast(device.type, enabled=False) if casts(device) else contextlib.nullcontext():
+        yield
 
 
 def saving(function: Callable[[], Any], keep: Callable[[Tensor], Kept]) -> Any:
@@ -30,7 +53,7 @@ def saving(function: Callable[[], Any], keep: Callable[[Tensor], Kept]) -> Any:
         keep: By saved tensor, what is kept of it, and what makes a stand-in of that (None: it is used as it is). Hooks
             that are in force around (checkpointing, moving to another device) get what is kept.
     """
-    outer = _outer_hooks(True)
+    outer = outer_hooks()
 
     def pack(tensor: Tensor) -> Any:
         kept, back = keep(tensor)
@@ -123,7 +146,7 @@ class Rectify(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        return _gated(g, ctx.saved_tensors[0], ctx.below), *[None] * 5
+        return _gated(g, ctx.saved_tensors[0], ctx.below), *[None] * 4
 
 
 class NormaliseRectify(Function):
@@ -150,13 +173,18 @@ class NormaliseRectify(Function):
 
 def _gated(g: Tensor, mask: Tensor, below: float | None) -> Tensor:
     """The gradient where it passes, and ``below`` times it elsewhere."""
-    if g.requires_grad:  # it will be differentiated
+    if g.requires_grad or _is_batch(g):  # it will be differentiated, or has no view as whole numbers
         return torch.where(mask, g, torch.zeros_like(g) if below is None else g * below)
     if below is not None:
         return aten.leaky_relu_backward(g, mask.view(torch.uint8).to(g.dtype), below, True)  # type: ignore[no-any-return]
     # In whole numbers, a product with 0 is 0 even where the gradient is not finite; a selection is far slower.
     whole = _WHOLE[g.element_size()]
     return mask.view(torch.uint8).to(whole).mul_(g.view(whole)).view(g.dtype)
+
+
+def _is_batch(g: Tensor) -> bool:
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(g) or functorch.is_legacy_batchedtensor(g)
 
 
 def _scaled(g: Tensor, factors: Any, eps: float, own: bool = False) -> Tensor:
@@ -186,7 +214,7 @@ class Attend(Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         *leaves, mask = ctx.saved_tensors
         again = torch.is_grad_enabled()  # the gradient will be differentiated
-        with torch.enable_grad():
+        with torch.enable_grad(), as_it_was(g.device):
             if not again:
                 leaves = [
                     t.detach().requires_grad_(need) for t, need in zip(leaves, ctx.needs_input_grad, strict=False)
@@ -196,22 +224,50 @@ class Attend(Function):
         return *(next(found) if t.requires_grad else None for t in leaves), None, None
 
 
+class Place(Function):
+    """Where a tensor stands in the graph, without the tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor) -> Tensor:
+        return u.new_empty(()).expand(u.shape)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+class Fill(Function):
+    """The tensor again, at its place."""
+
+    @staticmethod
+    def forward(ctx: Any, place: Tensor, u: Tensor) -> Tensor:
+        return u.view_as(u)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return g, None
+
+
 class Bend(Function):
     """GELU of what is made again from a tensor that is kept anyway, instead of its input."""
 
     @staticmethod
     def forward(
-        ctx: Any, u: Tensor, x: Tensor, again: Callable[[Tensor], Tensor], function: Callable[..., Tensor],
-        more: dict[str, Any],
+        ctx: Any, u: Tensor, place: Tensor, x: Tensor, again: Callable[[Tensor], Tensor],
+        function: Callable[..., Tensor], more: dict[str, Any],
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(place, x)
         ctx.again, ctx.more = again, more
         return function(u, **more)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        u = ctx.again(ctx.saved_tensors[0])  # differentiable, where the gradient will be
-        return aten.gelu_backward(g, u, **ctx.more), *[None] * 4
+        place, x = ctx.saved_tensors
+        with torch.no_grad(), as_it_was(x.device):
+            u = ctx.again(x)
+        if torch.is_grad_enabled():  # the gradient will be differentiated, through the graph that made u
+            u = Fill.apply(place, u)
+        return aten.gelu_backward(g, u, **ctx.more), *[None] * 5
 
 
 def is_dense(x: Tensor) -> bool:

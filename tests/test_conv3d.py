@@ -19,7 +19,7 @@ LAYERS = {
     "flat": nn.Conv3d(2, 3, (1, 3, 3), padding=(0, 1, 0)),
     "dilated": nn.Conv3d(2, 3, 3, padding=(2, 1, 2), dilation=(2, 1, 2)),
     "even": nn.Conv3d(2, 3, (2, 4, 2), padding=1),
-    "one-channel": nn.Conv3d(2, 1, 5, padding=2),
+    "one-channel": nn.Conv3d(2, 1, (5, 5, 3), padding=(2, 2, 1)),
 }
 
 
@@ -63,7 +63,7 @@ def test_values_and_gradients_are_those_of_the_convolution(name: str, order: tor
         (nn.Conv3d(2, 3, 3), torch.rand(SMALL), True),
         (nn.Conv3d(2, 3, 3), torch.rand(2, *SMALL[1:]), False),
         (nn.Conv3d(2, 3, 3), torch.rand(SMALL[1:]), False),
-        (nn.Conv3d(2, 3, 3), torch.rand(1, 2, 80, 128, 4), True),
+        (nn.Conv3d(2, 2, 3), torch.rand(1, 2, 80, 128, 4), True),
         (nn.Conv3d(2, 3, 3), torch.rand(1, 2, 81, 128, 4), False),
         (nn.Conv3d(2, 3, 3).double(), torch.rand(SMALL).double(), False),
         (nn.Conv3d(2, 3, 3).bfloat16(), torch.rand(SMALL).bfloat16(), False),
@@ -73,10 +73,11 @@ def test_values_and_gradients_are_those_of_the_convolution(name: str, order: tor
         (nn.Conv3d(2, 3, 3, padding=1, padding_mode="replicate"), torch.rand(SMALL), False),
         (nn.Conv3d(2, 3, 3, padding=3), torch.rand(SMALL), False),
         (nn.Conv3d(2, 3, 1), torch.rand(SMALL), False),
+        (nn.Conv3d(2, 3, 5, padding=2), torch.rand(SMALL), False),
         (nn.Conv2d(2, 3, 3), torch.rand(1, 2, 9, 9), False),
     ],
     ids=["small", "batch", "no-batch", "largest", "larger", "float64", "bfloat16", "stride", "groups", "same", "mode",
-         "padding-beyond-the-kernel", "pointwise", "2d"],
+         "padding-beyond-the-kernel", "pointwise", "large-kernel", "2d"],
 )  # fmt: skip
 def test_it_is_taken_where_pytorch_would_not(layer: nn.Module, x: Tensor, takes: bool, calls: list) -> None:
     y = Frozen(layer, fold=True)(x.requires_grad_())
@@ -134,6 +135,37 @@ def test_under_transforms_autocast_and_tracers_it_is_pytorchs_own(calls: list) -
     assert not calls
     folded(x)
     assert len(calls) == 1
+
+
+def test_the_order_in_memory_is_pytorchs() -> None:
+    for order in (torch.contiguous_format, torch.channels_last_3d):
+        x = torch.rand(SMALL).contiguous(memory_format=order)
+        outputs = [Frozen(nn.Conv3d(2, 3, 3), fold=fold)(x) for fold in (False, True)]
+        assert outputs[0].stride() == outputs[1].stride()
+
+
+def test_what_a_forward_pass_sets_anew_counts(calls: list) -> None:
+    class Strides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv3d(2, 3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.conv.stride = (2, 2, 2)
+            return self.conv(x)
+
+    assert Frozen(Strides(), fold=True)(torch.rand(SMALL)).shape == (1, 3, 3, 4, 3)
+    assert not calls
+
+
+def test_a_batch_of_gradients() -> None:
+    layer, x = nn.Conv3d(2, 3, 3, padding=1), torch.rand(SMALL)
+    found = []
+    for fold in (False, True):
+        leaf = x.clone().requires_grad_()
+        y = Frozen(layer, fold=fold)(leaf)
+        found.append(torch.autograd.grad(y, leaf, torch.stack([y.detach(), y.detach() ** 2]), is_grads_batched=True)[0])
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 9, 9, 9), (1, 2, 2, 9, 9)], ids=["channels", "too-small"])
