@@ -198,13 +198,13 @@ def _curve(axes: Any, case: Found) -> None:
 def _bars(axes: Any, cases: Sequence[Found]) -> None:
     y, ticks, names = 0.0, [], []
     for case in cases:
-        first = next(iter(case["seconds"].values()))
+        own, first = next(iter(case["seconds"].items()))
         for i, (side, samples) in enumerate(case["seconds"].items()):
             middle, low, high = quartiles([b / a for a, b in zip(first, samples, strict=True)])
-            axes.barh(y, middle, color=COLOURS[0] if i == 0 else COLOURS[-1], height=0.75)
+            axes.barh(y, middle, color=COLOURS[0] if side.startswith(own) else COLOURS[-1], height=0.75)
             axes.plot([low, high], [y, y], color="black", linewidth=1)
             axes.annotate(f"{middle:.3g}", (max(middle, high), y), (3, 0), textcoords="offset points", va="center",
-                          fontsize=7)  # fmt: skip
+                          fontsize=7, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # fmt: skip
             ticks.append(y)
             names.append(f"{case['name']}: {side}" if i == 0 else side)
             y += 1
