@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taskloss import Frozen, TaskConsistencyLoss, TaskOrientedLoss
-from tests.test_lean import network, warmed
+from tests.lean_nets import network, warmed
 
 
 class Block(nn.Module):
