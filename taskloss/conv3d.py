@@ -2,8 +2,8 @@
 
 PyTorch leaves a small batch of one to a kernel of its own, ``slow_conv3d``, by a rule made for images (``use_mkldnn``
 in its ``aten/src/ATen/native/Convolution.cpp``; up to 20,480 values of channels x slices x rows, as of torch 2.14). It
-unfolds the volume into a matrix 27 times as large. In the middle levels of a U-Net oneDNN takes a fifth of its time; it
-rounds otherwise.
+unfolds the volume into a matrix 27 times as large. In the middle levels of a U-Net oneDNN takes a fraction of its time
+(``benchmarks/lean.py``); it rounds otherwise.
 """
 
 from __future__ import annotations
@@ -17,25 +17,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from taskloss.eager import is_eager
+
 aten = torch.ops.aten
 _OWN = frozenset((Tensor, nn.Parameter))
 _OWN_KERNELS: Any = torch._C._ConvBackend  # type: ignore[attr-defined]
 _ONES, _ZEROS = [1, 1, 1], [0, 0, 0]
 
 
-def quicken_(network: nn.Module) -> int:
+def quicken_(network: nn.Module) -> None:
     """Let every plain 3-D convolution of a network take the faster kernel where PyTorch would not.
 
     Args:
-        network: It is changed: the modules stay, with their weights and hooks, and their class becomes `QuickConv3d`.
-
-    Returns:
-        How many may take it: those of stride 1 without groups that look at neighbours.
+        network: It is changed: the modules stay, with their weights and hooks, and the class of those that may gain
+            (of stride 1, without groups, looking at neighbours) becomes `QuickConv3d`.
     """
-    found = [module for module in network.modules() if type(module) is nn.Conv3d and _may_gain(module)]
-    for module in found:
-        module.__class__ = QuickConv3d
-    return len(found)
+    for module in network.modules():
+        if type(module) is nn.Conv3d and _may_gain(module):
+            module.__class__ = QuickConv3d
 
 
 class QuickConv3d(nn.Conv3d):
@@ -85,10 +84,7 @@ def _is_left(
 ) -> bool:
     """Whether PyTorch would take its own kernel here, though oneDNN could do it."""
     return (
-        not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch.autograd.forward_ad._current_level < 0
+        is_eager()
         and all(t is None or (type(t) in _OWN and _is_plain(t)) for t in (x, weight, bias))
         and not (weight.requires_grad or (bias is not None and bias.requires_grad))
         and x.dim() == 5

@@ -16,7 +16,7 @@ from taskloss import lean as _lean
 from taskloss import pieces as _pieces
 from taskloss.arguments import arguments, label_name
 from taskloss.checks import InputError
-from taskloss.conv3d import quicken_
+from taskloss.conv3d import QuickConv3d, quicken_
 from taskloss.features import capture
 from taskloss.folding import fold_
 from taskloss.holdings import (
@@ -116,7 +116,8 @@ class Frozen(nn.Module):
         for _, module in modules:
             module.training = False
         self.n_folded: int | None = fold_(network) if fold else None  # batch norms that went into a convolution
-        self.n_quick = quicken_(network) if fold else 0  # 3-D convolutions that may take a faster kernel
+        if fold:
+            quicken_(network)
         # A list is invisible to nn.Module's registry; that is the whole trick.
         self._hidden = [network]
         registered = set(network.modules())
@@ -140,6 +141,11 @@ class Frozen(nn.Module):
     def network(self) -> nn.Module:
         """The frozen network itself, for reading."""
         return self._hidden[0]
+
+    @property
+    def n_quick(self) -> int:
+        """How many 3-D convolutions may take a faster kernel (``fold=True``)."""
+        return sum(isinstance(module, QuickConv3d) for module in self.network.modules())
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Run the network; gradients reach its inputs and nothing else."""
@@ -228,7 +234,8 @@ class Frozen(nn.Module):
         pieces = f" ({self.n_pieces} pieces)" if self.n_pieces else ""
         words = f"{type(self.network).__name__}, {count:,} parameters, checkpoint={self.checkpoint}{pieces}"
         quick = f", {self.n_quick} 3-D convolutions" if self.n_quick else ""
-        folded = "" if self.n_folded is None else f", fold=True ({self.n_folded} batch norms{quick})"
+        folds = self.n_folded is not None or self.n_quick
+        folded = f", fold=True ({self.n_folded or 0} batch norms{quick})" if folds else ""
         return f"{words}, lean={self.lean}{made}{folded}"
 
     def _run(self, function: Callable[..., Any], /, *inputs: Any, **named: Any) -> Any:

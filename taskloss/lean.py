@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from taskloss import lean_layers as layers
+from taskloss.eager import is_eager
 
 aten = torch.ops.aten
 Rule = Callable[..., Any]
 _local = threading.local()
 _DROPOUT = frozenset((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout))
-_NARROW = 128  # input features up to which a linear layer is computed again: that takes about as long as GELU
+_NARROW = 128  # input features up to which a linear layer is computed again; wider ones take more time than it is worth
 _SMALL = 1 << 15  # a tensor of fewer values is left to autograd: a call through Python takes longer than it saves
 
 
@@ -106,10 +107,7 @@ def is_possible() -> bool:
     """Whether the gradient will be autograd's own in this call: not compiled, traced, batched or forward-mode."""
     return (
         torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch.autograd.forward_ad._current_level < 0
+        and is_eager()
         and torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is None
     )
 
@@ -123,8 +121,7 @@ def _plain(args: Any) -> bool:
         type(x) is Tensor
         and x.requires_grad
         and x.numel() >= _SMALL
-        and torch._C._functorch.peek_interpreter_stack() is None  # the network's own transforms
-        and torch.autograd.forward_ad._current_level < 0
+        and is_eager()  # the network may use transforms of its own
         and x.layout is torch.strided
         and x.is_floating_point()
     )

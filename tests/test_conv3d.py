@@ -95,6 +95,7 @@ def test_only_a_folded_network_has_it_and_the_callers_own_has_not(calls: list) -
     assert type(layer) is nn.Conv3d and type(folded.network) is conv3d.QuickConv3d
     assert "fold=True (0 batch norms, 1 3-D convolutions)" in repr(folded)
     assert "3-D" not in repr(Frozen(nn.Conv2d(1, 1, 3), fold=True))
+    assert "1 3-D" in repr(Frozen(folded.network)), "it is still in there"
     assert folded.digest() == Frozen(layer).digest()
     with torch.no_grad():
         folded(x)

@@ -14,6 +14,7 @@ import taskloss
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
+    {"eager"},
     {"checks", "conv3d", "trees", "distributed", "folding", "lean_layers", "page", "randomness", "signals", "_version"},
     {"finite", "precision", "holdings", "lean", "arguments", "calls", "labels", "memory", "ranges", "reach", "weights"},
     {"features", "diagnosis", "sharing", "values"},

@@ -38,7 +38,7 @@ def test_denoising(device):
 @pytest.mark.slow
 def test_a_clinical_scan_at_the_papers_width_fits_8_gb():
     case = denoising.one_tile(denoising.CLINICAL, denoising.PAPER_WIDTH, options("cpu"))
-    assert 2 < case.values["peak of the whole process in GB"] < denoising.WHOLE_PROGRAM_GB
+    assert 2 < case.values["peak of the whole process in GB"] < denoising.MEMORY_GB
     assert case.values["tiles"] > 1
 
 

@@ -3,14 +3,18 @@
 The command `denoise` restores one file; `denoise_volume` and `segment` serve the stages.
 """
 
+from .memory import MEMORY_GB, PROGRAM_GB, features_gib
 from .segmentation import segment
-from .tiles import best_size, cut, denoise_volume, far_outside, keep_outside
+from .tiles import cut, denoise_volume, far_outside, keep_outside, tile_size
 
 __all__ = [
-    "best_size",
+    "MEMORY_GB",
+    "PROGRAM_GB",
     "cut",
     "denoise_volume",
     "far_outside",
+    "features_gib",
     "keep_outside",
     "segment",
+    "tile_size",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,10 +26,8 @@ from ..scans import (
     write_segmentation,
     write_series,
 )
+from .memory import features_gib
 from .tiles import STATISTICS, Report, denoise_volume, device_of
-
-_MEMORY_GB = 8.0
-_PROGRAM_GB = 1.0  # Python, torch and the network, beside the volumes and the features
 
 
 def denoise_file(
@@ -92,7 +89,7 @@ def denoise_file(
     scan = _read(source, series, assume_hu)
     like = _like(scan, target, is_nifti, template, overwrite)
     volumes_gb = (2 if like is scan else 3) * 4 * scan.volume_hu.numel() / 1e9  # the volume, the result, the template
-    budget_gib = _budget_gib(memory_gb, volumes_gb, device) if tile is None else 0.0
+    budget_gib = features_gib(memory_gb, volumes_gb, device) if tile is None else 0.0
     window_hu = network.facts["window_hu"]
     with _bar(source.name) if show_progress else _silence() as progress:
         result_hu = denoise_volume(
@@ -272,19 +269,6 @@ def _write_label(path: Path, label: Tensor, scan: Scan) -> Path:
     header.set_slope_inter(1.0, 0.0)
     header["cal_min"], header["cal_max"] = 0, 0  # the display window of an image
     return write_scan(path, label.float(), replace(scan, header=header))
-
-
-def _budget_gib(memory_gb: float | None, volumes_gb: float, device: torch.device) -> float:
-    """What one tile's features may take."""
-    if memory_gb is not None and not 0 < memory_gb < math.inf:
-        raise ValueError(f"memory_gb: expected a positive number of GB, got {memory_gb:g}; for example --memory-gb 8")
-    if device.type == "cuda":
-        return 0.8 * torch.cuda.mem_get_info(device)[0] / 2**30 if memory_gb is None else memory_gb * 1e9 / 2**30
-    memory_gb = _MEMORY_GB if memory_gb is None else memory_gb
-    held_gb = _PROGRAM_GB + volumes_gb
-    if memory_gb <= held_gb:
-        raise ValueError(f"memory_gb: expected more than {held_gb:.1f} GB, got {memory_gb:g}; give more --memory-gb")
-    return (memory_gb - held_gb) * 1e9 / 2**30
 
 
 @contextmanager

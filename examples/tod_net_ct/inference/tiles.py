@@ -81,7 +81,7 @@ def denoise_volume(
     device = device_of(device)
     to_unit(volume_hu[:1, :1, :1], window_hu)  # refuses a wrong window
     volume_hu = volume_hu.detach().to("cpu", torch.float32)
-    size = _tile_size(tile, tuple(volume_hu.shape), network, memory_gib)
+    size = tile_size(tile, tuple(volume_hu.shape), network, memory_gib)
     tiles = list(cut(volume_hu.shape, size, network.receptive_radius))
     result_hu = volume_hu.clone()
     network = copy.deepcopy(network).to(device).eval()
@@ -240,9 +240,14 @@ def device_of(device: str | torch.device) -> torch.device:
         raise ValueError(f"device: expected one that torch can use, got {str(device)!r}; use --device cpu") from error
 
 
-def _tile_size(
+def tile_size(
     tile: Sequence[int] | None, shape: tuple[int, ...], network: Denoiser, memory_gib: float
 ) -> tuple[int, ...]:
+    """The tile that is asked for, or else the best whose features fit into `memory_gib`.
+
+    Raises:
+        ValueError: it is no tile, or none fits.
+    """
     if tile is None:
         size = best_size(shape, network.receptive_radius, memory_gib * 2**30 / network.bytes_per_voxel)
         if size is None:
