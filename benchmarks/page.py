@@ -168,7 +168,7 @@ def draw(benchmark: Found, path: Path) -> bool:
     from matplotlib.figure import Figure
 
     if curves:
-        figure = Figure(figsize=(3.4 * len(curves), 3.2), layout="constrained", dpi=110)
+        figure = Figure(figsize=(3.4 * len(curves), 3.6), layout="constrained", dpi=110)
         for axes, case in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
             _curve(axes, case)
     else:
@@ -192,16 +192,16 @@ def _curve(axes: Any, case: Found) -> None:
     axes.set_title(case["name"], fontsize=8, wrap=True)
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)  # off the curves
 
 
 def _bars(axes: Any, cases: Sequence[Found]) -> None:
     y, ticks, names = 0.0, [], []
     for case in cases:
-        own, first = next(iter(case["seconds"].items()))
+        first = next(iter(case["seconds"].values()))
         for i, (side, samples) in enumerate(case["seconds"].items()):
             middle, low, high = quartiles([b / a for a, b in zip(first, samples, strict=True)])
-            axes.barh(y, middle, color=COLOURS[0] if side.startswith(own) else COLOURS[-1], height=0.75)
+            axes.barh(y, middle, color=COLOURS[0] if i == 0 else COLOURS[-1], height=0.75)
             axes.plot([low, high], [y, y], color="black", linewidth=1)
             axes.annotate(f"{middle:.3g}", (max(middle, high), y), (3, 0), textcoords="offset points", va="center",
                           fontsize=7, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # fmt: skip
